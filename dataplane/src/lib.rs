@@ -4,4 +4,5 @@
 //! is [`worker::Worker::turn`]; what the workers know of the world is [`forwarding::Forwarding`].
 
 pub mod flow;
+pub mod maglev;
 pub mod wire;
