@@ -5,4 +5,6 @@
 
 pub mod flow;
 pub mod maglev;
+pub mod publish;
+pub mod sync;
 pub mod wire;
