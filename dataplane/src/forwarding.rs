@@ -1,0 +1,243 @@
+//! What the workers know of the world: one immutable snapshot of VIPs, services and backends.
+//!
+//! Control builds a whole new [`Forwarding`] for every change and publishes it; nothing in it ever
+//! changes. A backend lives in a *slot*, a dense number that counters and connections refer to. Control
+//! gives a freed slot to nobody until the longest idle timeout has passed, so a stale connection finds
+//! nothing rather than a stranger (I4).
+
+use std::sync::Arc;
+
+use crate::{
+    encap::Template,
+    flow::{Address, HashKey, Kind, protocol},
+    maglev::Maglev,
+    wire::ethernet::MacAddr,
+};
+
+/// A backend's place, below [`MAX_BACKENDS`].
+pub type Slot = u32;
+
+/// Slots that a connection can name.
+pub const MAX_BACKENDS: usize = 1 << 18;
+
+/// An address, protocol and port that clients connect to.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Vip {
+    /// Its address.
+    pub address: Address,
+    /// IANA protocol number.
+    pub protocol: u8,
+    /// Its port; 0 stands for all ports that no other VIP names.
+    pub port: u16,
+}
+
+/// A set of VIPs and the choice of their backends.
+#[derive(Clone, Debug)]
+pub struct Service {
+    /// What clients connect to.
+    pub vips: Vec<Vip>,
+    /// Who takes new connections: slots into [`Forwarding::backend`]. Empty if nobody.
+    pub maglev: Arc<Maglev>,
+}
+
+/// Where packets go: one task behind a tunnel. Two cache lines.
+#[derive(Clone, Debug)]
+#[repr(C, align(64))]
+pub struct Backend {
+    /// The outer header, and all that encapsulation needs.
+    pub template: Template,
+    /// Index of the service it serves: a connection counts only if this is the packet's service.
+    pub service: u32,
+    /// The largest inner IP packet that fits the way there, in bytes.
+    pub mtu: u16,
+    /// Index of the interface it is sent out by.
+    pub link: u8,
+    /// Whether the next hop's MAC address is known. If not, its packets are dropped.
+    pub reachable: bool,
+}
+
+/// What a worker knows of one of its interfaces.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Link {
+    /// Its MAC address.
+    pub mac: MacAddr,
+    /// Whether senders on it may leave transport checksums to be completed: veth, virtio, tap.
+    pub partial_checksums: bool,
+}
+
+impl Link {
+    /// Whether a frame is addressed to this station, or to a group that may ask for it. Others reach a
+    /// station that shares a medium or is a bridge's port: if every node forwarded its copy, the backend
+    /// would get several. A link without a known address takes everything.
+    #[inline]
+    pub fn accepts(&self, frame: &[u8], kind: Kind) -> bool {
+        let asks = matches!(kind, Kind::Arp | Kind::NeighbourSolicitation);
+        let group = frame.first().is_some_and(|first| first & 1 != 0);
+        frame.starts_with(&self.mac.0) || (group && asks) || self.mac == MacAddr::default()
+    }
+}
+
+/// The snapshot.
+#[derive(Debug)]
+pub struct Forwarding {
+    vips: VipTable,
+    services: Vec<Service>,
+    backends: Vec<Option<Backend>>,
+    links: Vec<Link>,
+    answer_arp: bool,
+    maglev_key: HashKey,
+}
+
+/// A snapshot that contradicts itself.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ForwardingError {
+    /// Two services claim one VIP.
+    #[error("{0:?} belongs to two services")]
+    DuplicateVip(Vip),
+    /// More backends than a connection can name.
+    #[error("{0} backend slots, where {MAX_BACKENDS} is the most")]
+    TooManyBackends(usize),
+}
+
+/// What is the same in all of a snapshot.
+#[derive(Clone, Debug)]
+pub struct Common {
+    /// Our interfaces; backends and workers' ports refer to them by index.
+    pub links: Vec<Link>,
+    /// Whether ARP and neighbour solicitations for VIPs are answered.
+    pub answer_arp: bool,
+    /// What flows are hashed with for Maglev: the same on every node.
+    pub maglev_key: HashKey,
+}
+
+impl Forwarding {
+    /// Builds a snapshot. `backends` is indexed by slot.
+    ///
+    /// # Errors
+    /// If two services claim one VIP, or there are more than [`MAX_BACKENDS`] slots.
+    pub fn new(
+        common: Common,
+        services: Vec<Service>,
+        backends: Vec<Option<Backend>>,
+    ) -> Result<Self, ForwardingError> {
+        if backends.len() > MAX_BACKENDS {
+            return Err(ForwardingError::TooManyBackends(backends.len()));
+        }
+        let vips = VipTable::new(&services)?;
+        let Common { links, answer_arp, maglev_key } = common;
+        Ok(Self { vips, services, backends, links, answer_arp, maglev_key })
+    }
+
+    /// The service that answers on this VIP, as an index; a VIP on port 0 answers on all other ports.
+    #[inline]
+    pub fn service_at(&self, address: Address, protocol: u8, port: u16) -> Option<u32> {
+        let exact = self.vips.get(&Vip { address, protocol, port });
+        if exact.is_some() {
+            return exact;
+        }
+        self.vips.get(&Vip { address, protocol, port: 0 })
+    }
+
+    /// Whether the address is any service's.
+    #[inline]
+    pub fn is_vip(&self, address: Address) -> bool {
+        self.vips.get(&address_entry(address)).is_some()
+    }
+
+    /// The service with this index.
+    #[inline]
+    pub fn service(&self, index: u32) -> Option<&Service> {
+        self.services.get(index as usize)
+    }
+
+    /// The backend in this slot.
+    #[inline]
+    pub fn backend(&self, slot: Slot) -> Option<&Backend> {
+        self.backends.get(slot as usize)?.as_ref()
+    }
+
+    /// The interface with this index.
+    #[inline]
+    pub fn link(&self, index: usize) -> Link {
+        self.links.get(index).copied().unwrap_or_default()
+    }
+
+    /// Whether ARP and neighbour solicitations for VIPs are answered.
+    pub fn answer_arp(&self) -> bool {
+        self.answer_arp
+    }
+
+    /// What flows are hashed with for Maglev.
+    #[inline]
+    pub fn maglev_key(&self) -> &HashKey {
+        &self.maglev_key
+    }
+}
+
+/// The entry that says "this address is a VIP's": a protocol and port that no packet has.
+fn address_entry(address: Address) -> Vip {
+    const ANY: u8 = 0;
+    const _: () = assert!(ANY != protocol::TCP && ANY != protocol::UDP && ANY != protocol::SCTP);
+    Vip { address, protocol: ANY, port: 0 }
+}
+
+/// VIP → service: open addressing at half load, built once, read only.
+#[derive(Debug)]
+struct VipTable {
+    entries: Vec<Option<(Vip, u32)>>,
+    shift: u32,
+}
+
+impl VipTable {
+    fn new(services: &[Service]) -> Result<Self, ForwardingError> {
+        let count: usize = services.iter().map(|service| 2 * service.vips.len()).sum();
+        let capacity = (2 * count).next_power_of_two().max(2);
+        let shift = 64 - capacity.trailing_zeros();
+        let mut table = Self { entries: vec![None; capacity], shift };
+        for (index, service) in services.iter().enumerate() {
+            for vip in &service.vips {
+                if table.get(vip).is_some() {
+                    return Err(ForwardingError::DuplicateVip(*vip));
+                }
+                table.insert(*vip, index as u32);
+                let address = address_entry(vip.address);
+                if table.get(&address).is_none() {
+                    table.insert(address, index as u32);
+                }
+            }
+        }
+        Ok(table)
+    }
+
+    /// Only operators choose VIPs, so the hash needs no key; it only has to be quick.
+    #[inline]
+    fn home(&self, vip: &Vip) -> usize {
+        let ports = u64::from(vip.port) << 8 | u64::from(vip.protocol);
+        let folded =
+            (vip.address.0 >> 64) as u64 ^ (vip.address.0 as u64).rotate_left(17) ^ ports << 40;
+        (folded.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> self.shift) as usize
+    }
+
+    fn insert(&mut self, vip: Vip, service: u32) {
+        let mask = self.entries.len() - 1;
+        let mut at = self.home(&vip);
+        while self.entries[at].is_some() {
+            at = (at + 1) & mask;
+        }
+        self.entries[at] = Some((vip, service));
+    }
+
+    #[inline]
+    fn get(&self, vip: &Vip) -> Option<u32> {
+        let mask = self.entries.len() - 1;
+        let mut at = self.home(vip);
+        // Ends: the table is at most half full.
+        while let Some((key, service)) = &self.entries[at & mask] {
+            if key == vip {
+                return Some(*service);
+            }
+            at += 1;
+        }
+        None
+    }
+}

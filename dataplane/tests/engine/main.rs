@@ -1,0 +1,12 @@
+//! The engine, tested from outside: packets in, packets and counters out.
+//!
+//! Packets are built and judged by etherparse, never by the code under test.
+
+mod answers;
+mod connections;
+mod encap;
+mod packets;
+mod parse;
+mod rig;
+mod selection;
+mod turn;

@@ -1,0 +1,413 @@
+//! A mesh node in memory: a worker over ports of `sim`, and the network around it.
+//!
+//! What always holds is asserted after every turn here, so that no test can forget it.
+
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+
+use dataplane::{
+    connections::{Connections, Reader, Timeouts},
+    counters::{Counters, DropReason, Event},
+    encap::{Template, Tunnel},
+    flow::{Address, HashKey, protocol},
+    forwarding::{Backend, Common, Forwarding, Link, Service, Slot, Vip},
+    maglev::{Candidate, Maglev, Size},
+    port::sim::{self, SimPort},
+    publish::{Publisher, Subscriber},
+    time::Tick,
+    wire::ethernet::MacAddr,
+    worker::{Parts, Worker},
+};
+
+pub const TCP: u8 = protocol::TCP;
+pub const UDP: u8 = protocol::UDP;
+pub const SCTP: u8 = protocol::SCTP;
+
+/// The client's side of every link, its gateway as it were.
+pub const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0xcc];
+
+pub const VIP4: &str = "203.0.113.10";
+pub const VIP6: &str = "2001:db8:113::10";
+pub const CLIENT4: &str = "198.51.100.7";
+pub const CLIENT6: &str = "2001:db8:100::7";
+
+/// Slots that the counters of a rig know.
+const SLOTS: usize = 64;
+
+/// What tables and the rig's own expectations hash flows with.
+pub fn hash_key() -> HashKey {
+    HashKey::from_seed("connections")
+}
+
+pub fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+pub fn vip(address: &str, protocol: u8, port: u16) -> Vip {
+    Vip { address: Address::from(ip(address)), protocol, port }
+}
+
+/// The MAC address of a node's own interface.
+pub fn node_mac(link: usize) -> [u8; 6] {
+    [2, 0, 0, 0, 1, link as u8]
+}
+
+/// A service's backend, described.
+#[derive(Clone, Debug)]
+pub struct BackendSpec {
+    pub slot: Slot,
+    pub weight: u16,
+    pub mtu: u16,
+    pub link: u8,
+    pub reachable: bool,
+    pub tunnel: Tunnel,
+}
+
+/// A backend over IPv4 with a full UDP checksum, on the first link, with room for 1,500 bytes.
+pub fn backend(slot: Slot) -> BackendSpec {
+    BackendSpec {
+        slot,
+        weight: 1,
+        mtu: 1500,
+        link: 0,
+        reachable: true,
+        tunnel: Tunnel {
+            src_mac: MacAddr(node_mac(0)),
+            dst_mac: MacAddr([2, 0, 0, 0, 2, slot as u8]),
+            vlans: Vec::new(),
+            src: ip("10.0.0.1"),
+            dst: IpAddr::from([10, 0, 1, slot as u8]),
+            udp_port: 4789,
+            vni: 100 + slot,
+            inner_dst_mac: MacAddr([2, 0, 0, 0, 3, slot as u8]),
+            inner_v6: false,
+            udp_checksum: true,
+        },
+    }
+}
+
+impl BackendSpec {
+    /// For a service with IPv6 clients.
+    pub fn inner_v6(mut self) -> Self {
+        self.tunnel.inner_v6 = true;
+        self
+    }
+
+    /// Reached over IPv6.
+    pub fn over_v6(mut self) -> Self {
+        self.tunnel.src = ip("2001:db8::1");
+        self.tunnel.dst = format!("2001:db8:1::{:x}", self.slot).parse().unwrap();
+        self
+    }
+}
+
+/// What a snapshot is built from.
+#[derive(Clone, Debug)]
+pub struct World {
+    pub links: Vec<Link>,
+    pub services: Vec<(Vec<Vip>, Vec<BackendSpec>)>,
+    pub answer_arp: bool,
+}
+
+impl World {
+    /// One link, nothing on it.
+    pub fn new() -> Self {
+        Self { links: vec![link(0)], services: Vec::new(), answer_arp: false }
+    }
+
+    pub fn service(mut self, vips: &[Vip], backends: &[BackendSpec]) -> Self {
+        self.services.push((vips.to_vec(), backends.to_vec()));
+        self
+    }
+
+    /// Service on TCP and UDP port 80 of the IPv4 VIP.
+    pub fn web4(self, backends: &[BackendSpec]) -> Self {
+        self.service(&[vip(VIP4, TCP, 80), vip(VIP4, UDP, 80)], backends)
+    }
+
+    /// The same for IPv6.
+    pub fn web6(self, backends: &[BackendSpec]) -> Self {
+        let backends: Vec<_> = backends.iter().cloned().map(BackendSpec::inner_v6).collect();
+        self.service(&[vip(VIP6, TCP, 80), vip(VIP6, UDP, 80)], &backends)
+    }
+
+    /// The snapshot.
+    pub fn forwarding(&self) -> Arc<Forwarding> {
+        let maglev_key = HashKey::from_seed("maglev");
+        let mut slots: Vec<Option<Backend>> = vec![None; SLOTS];
+        let mut services = Vec::new();
+        for (service, (vips, backends)) in self.services.iter().enumerate() {
+            let names: Vec<_> = backends.iter().map(|b| format!("backend-{}", b.slot)).collect();
+            let candidates: Vec<_> = backends
+                .iter()
+                .zip(&names)
+                .map(|(b, name)| Candidate { name, weight: b.weight, slot: b.slot })
+                .collect();
+            let maglev = Maglev::build(Size::new(251).unwrap(), &candidates, &maglev_key);
+            services.push(Service { vips: vips.clone(), maglev: Arc::new(maglev) });
+            for spec in backends {
+                slots[spec.slot as usize] = Some(Backend {
+                    template: Template::render(&spec.tunnel).unwrap(),
+                    service: service as u32,
+                    mtu: spec.mtu,
+                    link: spec.link,
+                    reachable: spec.reachable,
+                });
+            }
+        }
+        let (links, answer_arp) = (self.links.clone(), self.answer_arp);
+        let common = Common { links, answer_arp, maglev_key };
+        Arc::new(Forwarding::new(common, services, slots).unwrap())
+    }
+}
+
+/// A link without partial checksums.
+pub fn link(index: usize) -> Link {
+    Link { mac: MacAddr(node_mac(index)), partial_checksums: false }
+}
+
+/// How the worker is equipped.
+#[derive(Clone, Debug)]
+pub struct Equipment {
+    pub frames: usize,
+    pub chunk_bytes: usize,
+    pub ring_size: usize,
+    /// The link of each port.
+    pub links: Vec<usize>,
+    pub icmp_errors_per_s: u32,
+    pub connections: usize,
+    pub peers: Vec<Reader>,
+}
+
+impl Default for Equipment {
+    fn default() -> Self {
+        Self {
+            frames: 256,
+            chunk_bytes: 4096,
+            ring_size: 64,
+            links: vec![0],
+            icmp_errors_per_s: 1_000_000,
+            connections: 1024,
+            peers: Vec::new(),
+        }
+    }
+}
+
+/// A packet that left, and by which port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sent {
+    pub port: usize,
+    pub bytes: Vec<u8>,
+}
+
+/// The node.
+pub struct Rig {
+    pub worker: Worker<SimPort>,
+    pub now: Tick,
+    pub connections: Reader,
+    counters: Arc<Counters>,
+    publisher: Publisher<Forwarding>,
+    frames: usize,
+    ports: usize,
+    /// What the counters said when they were last asked.
+    counted: BTreeMap<String, u64>,
+    received: (u64, u64),
+    sent: (u64, u64),
+}
+
+/// The only place that knows how a worker comes by its snapshots.
+fn publish(world: &World) -> (Publisher<Forwarding>, Subscriber<Forwarding>) {
+    let mut publisher = Publisher::new(world.forwarding());
+    let subscriber = publisher.subscribe();
+    (publisher, subscriber)
+}
+
+/// A table as workers have it.
+pub fn table(capacity: usize) -> Connections {
+    Connections::new(capacity, &Timeouts::default()).unwrap()
+}
+
+impl Rig {
+    pub fn new(world: &World) -> Self {
+        Self::equipped(world, Equipment::default())
+    }
+
+    pub fn equipped(world: &World, equipment: Equipment) -> Self {
+        let Equipment { frames, chunk_bytes, ring_size, links, .. } = equipment;
+        let (publisher, published) = publish(world);
+        let counters = Arc::new(Counters::new(SLOTS));
+        let table = table(equipment.connections);
+        let connections = table.reader();
+        let ports = links.len();
+        let worker = Worker::new(Parts {
+            ports: links.iter().map(|_| SimPort::new(frames, ring_size)).collect(),
+            links,
+            pool: sim::pool(frames, chunk_bytes),
+            connections: table,
+            peers: equipment.peers,
+            published,
+            counters: Arc::clone(&counters),
+            hash_key: hash_key(),
+            icmp_errors_per_s: equipment.icmp_errors_per_s,
+        });
+        let mut rig = Self {
+            worker,
+            now: Tick::from_s(1000),
+            connections,
+            counters,
+            publisher,
+            frames,
+            ports,
+            counted: BTreeMap::new(),
+            received: (0, 0),
+            sent: (0, 0),
+        };
+        rig.turn(); // fills the fill rings
+        rig.counted = rig.totals();
+        rig
+    }
+
+    /// Gives the worker another view of the world, from its next turn on.
+    pub fn publish(&mut self, world: &World) {
+        self.publisher.publish(world.forwarding());
+    }
+
+    /// Time goes by, in turns of at most 100 ms, as a sleeping worker's does.
+    pub fn wait(&mut self, ms: u64) {
+        let until = self.now + ms;
+        while self.now < until {
+            self.now = self.now + 100.min(until.ms_since(self.now));
+            self.turn();
+        }
+    }
+
+    /// The network brings a packet; `false` if there was no frame for it.
+    pub fn deliver(&mut self, port: usize, packet: &[u8]) -> bool {
+        self.worker.ports_mut()[port].deliver(packet)
+    }
+
+    /// One turn of the worker.
+    pub fn turn(&mut self) {
+        let rx_bytes = self.event(Event::RxBytes);
+        let received = self.worker.turn(self.now) as u64;
+        self.received.0 += received;
+        self.received.1 += self.event(Event::RxBytes) - rx_bytes;
+        self.check();
+    }
+
+    /// The network takes at most `most` packets from a port.
+    pub fn take(&mut self, port: usize, most: usize) -> Vec<Sent> {
+        let mut sent = Vec::new();
+        while sent.len() < most {
+            let Some(bytes) = self.worker.ports_mut()[port].take_sent(<[u8]>::to_vec) else {
+                break;
+            };
+            self.sent.0 += 1;
+            self.sent.1 += bytes.len() as u64;
+            sent.push(Sent { port, bytes });
+        }
+        sent
+    }
+
+    /// One packet in by the first port; everything that it made leave.
+    pub fn send(&mut self, packet: &[u8]) -> Vec<Sent> {
+        self.send_by(0, packet)
+    }
+
+    /// One packet in by this port; everything that it made leave, by whatever port.
+    pub fn send_by(&mut self, port: usize, packet: &[u8]) -> Vec<Sent> {
+        assert!(self.deliver(port, packet), "there is room for one packet");
+        self.turn();
+        let sent: Vec<_> = (0..self.ports).flat_map(|port| self.take(port, usize::MAX)).collect();
+        self.all_is_taken();
+        self.turn(); // reclaims
+        sent
+    }
+
+    /// The network got exactly the packets and bytes that were counted as sent.
+    pub fn all_is_taken(&self) {
+        assert_eq!((self.event(Event::TxPackets), self.event(Event::TxBytes)), self.sent);
+    }
+
+    /// The one packet that leaves for this one.
+    pub fn send_for_one(&mut self, packet: &[u8]) -> Vec<u8> {
+        let mut sent = self.send(packet);
+        assert_eq!(sent.len(), 1, "one packet leaves; {:?}", self.counted());
+        sent.remove(0).bytes
+    }
+
+    /// The slot of the backend that this packet goes to.
+    pub fn backend_of(&mut self, packet: &[u8]) -> Option<Slot> {
+        let before: Vec<_> = (0..SLOTS).map(|slot| self.counters.backend(slot).0).collect();
+        self.send(packet);
+        (0..SLOTS).find(|&slot| self.counters.backend(slot).0 > before[slot]).map(|s| s as Slot)
+    }
+
+    /// All that was counted since this was last asked, but for packets and bytes received and
+    /// sent, which are checked with every turn. What counted nothing is left out.
+    pub fn counted(&mut self) -> BTreeMap<String, u64> {
+        let totals = self.totals();
+        let since = totals
+            .iter()
+            .map(|(name, count)| (name.clone(), count - self.counted.get(name).unwrap_or(&0)))
+            .filter(|&(ref name, count)| {
+                count > 0
+                    && !name.starts_with("rx_")
+                    && !name.starts_with("tx_p")
+                    && name != "tx_bytes"
+            })
+            .collect();
+        self.counted = totals;
+        since
+    }
+
+    pub fn event(&self, event: Event) -> u64 {
+        self.counters.events(event)
+    }
+
+    pub fn drops(&self, reason: DropReason) -> u64 {
+        self.counters.drops(reason)
+    }
+
+    pub fn all_drops(&self) -> u64 {
+        DropReason::ALL.iter().map(|&reason| self.drops(reason)).sum()
+    }
+
+    /// Packets encapsulated, pieces of cut ones included.
+    pub fn encapsulated(&self) -> u64 {
+        (0..SLOTS).map(|slot| self.counters.backend(slot).0).sum()
+    }
+
+    fn totals(&self) -> BTreeMap<String, u64> {
+        let events = Event::ALL.iter().map(|&e| (e.label().to_owned(), self.event(e)));
+        let drops = DropReason::ALL.iter().map(|&r| (r.label().to_owned(), self.drops(r)));
+        let backends = (0..SLOTS).map(|s| (format!("backend {s}"), self.counters.backend(s).0));
+        events.chain(drops).chain(backends).collect()
+    }
+
+    /// What holds after every turn: frames are conserved (I1), and every packet is accounted for.
+    fn check(&self) {
+        assert_eq!(self.worker.frames(), self.frames, "frames are conserved");
+        assert_eq!(self.event(Event::RxPackets), self.received.0);
+        assert_eq!(self.event(Event::RxBytes), self.received.1);
+
+        let answered = self.event(Event::EchoReplies) + self.event(Event::NeighbourReplies);
+        let too_big = self.event(Event::TooBigSent);
+        let made = self.encapsulated() + answered + too_big;
+        let lost_late = self.drops(DropReason::TxRingFull);
+        // All that was made either left or found no room in a tx ring.
+        assert_eq!(self.event(Event::TxPackets) + lost_late, made, "{:?}", self.totals());
+
+        // Every packet received is encapsulated, answered or dropped. An ICMP error is about a drop,
+        // and the later pieces of a packet that was cut come on top.
+        let ended = self.encapsulated() + answered + self.all_drops() - lost_late;
+        let extra = ended - self.event(Event::RxPackets);
+        let cut = self.event(Event::Fragmented);
+        assert!((cut..=7 * cut).contains(&extra), "{extra} pieces of {cut}; {:?}", self.totals());
+        assert_eq!(self.drops(DropReason::TooBig), too_big);
+    }
+}
+
+/// What [`Rig::counted`] should say.
+pub fn counts<const N: usize>(expected: [(&str, u64); N]) -> BTreeMap<String, u64> {
+    expected.into_iter().map(|(name, count)| (name.to_owned(), count)).collect()
+}
