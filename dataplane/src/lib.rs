@@ -16,6 +16,8 @@ pub mod prefetch;
 pub mod publish;
 pub mod reply;
 pub mod select;
+#[cfg(feature = "xdp")]
+pub mod steer;
 pub mod sync;
 pub mod time;
 pub mod wire;
