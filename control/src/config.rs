@@ -1,0 +1,449 @@
+//! The daemon's file: typed, with a default for every key, and judged as a whole before anything is
+//! done by it. A text becomes keys (`file`, `syntax`), keys become settings and desired state
+//! (`settings`, `services`), and what is wrong becomes diagnostics (`finding`). Nothing here looks
+//! at the machine but for the host's name: whether an interface exists is for others to find out.
+
+mod file;
+mod finding;
+mod services;
+mod settings;
+mod syntax;
+
+use std::{
+    fs, io,
+    net::{IpAddr, Ipv6Addr},
+    path::{Path, PathBuf},
+};
+
+use dataplane::{connections::Timeouts, wire::ethernet::MacAddr};
+use serde::Deserialize;
+
+pub use self::{
+    finding::{ConfigErrors, Finding, LoadError, Warning},
+    settings::MIN_HANG_TIMEOUT_MS,
+};
+use crate::desired::Desired;
+
+/// All that an operator can say. `config/example.toml` documents the keys.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Config {
+    /// This machine.
+    pub node: Node,
+    /// Sockets, rings and workers.
+    pub dataplane: Dataplane,
+    /// The table of remembered flows.
+    pub connections: Connections,
+    /// The choice of backends for new connections.
+    pub maglev: Maglev,
+    /// What is refused beyond.
+    pub limits: Limits,
+    /// Next hops that the kernel need not be asked for.
+    pub next_hops: Vec<NextHop>,
+    /// Services and their backends.
+    pub desired: Desired,
+}
+
+/// `[node]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Node {
+    /// How it is called in what is printed.
+    pub name: String,
+    /// Interfaces to take packets from. Empty: that of the default route.
+    pub interfaces: Vec<String>,
+    /// Source of tunnels. `None`: an address of the interface.
+    pub vtep: Option<IpAddr>,
+    /// Source of tunnels to IPv6 VTEPs, where `vtep` is none. `None`: an address of the interface.
+    pub vtep6: Option<Ipv6Addr>,
+    /// How many threads forward packets.
+    pub workers: Workers,
+    /// Where they run.
+    pub cores: Cores,
+    /// Whether ARP and neighbour solicitations for VIPs are answered.
+    pub answer_arp: bool,
+    /// Where the command line finds the daemon.
+    pub control_socket: PathBuf,
+}
+
+/// How many threads forward packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Workers {
+    /// One for each rx queue, as far as there are cores.
+    Auto,
+    /// At least one.
+    Count(usize),
+}
+
+/// Where workers run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cores {
+    /// Any that the process may use.
+    Auto,
+    /// These, all different; at least one.
+    List(Vec<usize>),
+}
+
+/// `[dataplane]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dataplane {
+    /// Where the XDP program is attached.
+    pub xdp_mode: XdpMode,
+    /// Whether the NIC reads and writes the frames itself.
+    pub copy_mode: CopyMode,
+    /// What a worker does without packets.
+    pub idle: Idle,
+    /// How long it spins before it sleeps.
+    pub idle_spin_us: u32,
+    /// Size of a UMEM chunk: 2048 or 4096.
+    pub frame_size_bytes: u32,
+    /// UMEM chunks for each queue: a power of two.
+    pub frames_per_queue: u32,
+    /// Places in each of the four rings that the next keys don't name: a power of two.
+    pub ring_size: u32,
+    /// Those of the rx ring. `None`: `ring_size`; so with the others.
+    pub rx_ring_size: Option<u32>,
+    /// Those of the tx ring.
+    pub tx_ring_size: Option<u32>,
+    /// Those of the fill ring.
+    pub fill_ring_size: Option<u32>,
+    /// Those of the completion ring.
+    pub completion_ring_size: Option<u32>,
+    /// Places of a fill ring that have to be free before they are filled again.
+    pub fill_batch: u32,
+    /// What the UMEM lies on.
+    pub huge_pages: HugePages,
+    /// Whether the kernel says when it wants to be called.
+    pub need_wakeup: bool,
+    /// Frames that one system call may send in copy mode.
+    pub tx_budget: u32,
+    /// `SO_BUSY_POLL`; 0 is off.
+    pub busy_poll_us: u32,
+    /// `SO_BUSY_POLL_BUDGET`, in packets.
+    pub busy_poll_budget: u32,
+    /// `SO_PREFER_BUSY_POLL`, while `busy_poll_us` is on.
+    pub prefer_busy_poll: bool,
+    /// "Fragmentation needed" and "packet too big" messages of each worker.
+    pub icmp_errors_per_s: u32,
+    /// Without a turn of a worker for this long, packets go to the kernel.
+    pub hang_timeout_ms: u32,
+}
+
+/// Places in the rings of a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rings {
+    /// Received packets, for us.
+    pub rx: u32,
+    /// Packets to be sent, for the kernel.
+    pub tx: u32,
+    /// Empty frames, for the kernel.
+    pub fill: u32,
+    /// Frames that were sent, for us.
+    pub completion: u32,
+}
+
+/// Where the XDP program is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum XdpMode {
+    /// In the driver if it can, else behind it.
+    Auto,
+    /// In the driver.
+    Native,
+    /// Behind the driver, where packets have cost an allocation already.
+    Generic,
+}
+
+/// Whether the NIC reads and writes the frames itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CopyMode {
+    /// If it can.
+    Auto,
+    /// It must.
+    ZeroCopy,
+    /// The kernel copies.
+    Copy,
+}
+
+/// What a worker does without packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Idle {
+    /// Sleeps until one comes.
+    Sleep,
+    /// Looks for them for a while first.
+    SpinThenSleep,
+    /// Looks for them forever.
+    BusyPoll,
+}
+
+/// Whether the UMEM lies on huge pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HugePages {
+    /// If there are some.
+    Auto,
+    /// No.
+    Never,
+    /// It must.
+    Require,
+}
+
+/// `[connections]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Connections {
+    /// Entries of each worker: a power of two.
+    pub capacity: u32,
+    /// Idle time of a flow that has had no second packet yet.
+    pub unconfirmed_s: u32,
+    /// Idle time of a TCP connection.
+    pub tcp_idle_s: u32,
+    /// Idle time of one that has seen a FIN or RST.
+    pub tcp_closing_s: u32,
+    /// Idle time of everything else.
+    pub udp_idle_s: u32,
+}
+
+/// `[maglev]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Maglev {
+    /// Places of each service's table: a prime.
+    pub table_size: u32,
+    /// What backends and flows are hashed with.
+    pub seed: String,
+}
+
+/// `[limits]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Slots for the backends of all services.
+    pub backends: u32,
+    /// Addresses, protocols and ports of all services.
+    pub vips: u32,
+}
+
+/// `[[next_hop]]`: how to reach a VTEP, whatever the kernel says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NextHop {
+    /// The tunnel's far end.
+    pub vtep: IpAddr,
+    /// The station to send to.
+    pub mac: MacAddr,
+    /// The interface to send by. `None`: as routed.
+    pub interface: Option<String>,
+    /// Largest outer IP packet, in bytes. `None`: as the link says.
+    pub mtu: Option<u16>,
+}
+
+impl Default for Node {
+    fn default() -> Self {
+        Self {
+            name: host_name(),
+            interfaces: Vec::new(),
+            vtep: None,
+            vtep6: None,
+            workers: Workers::Auto,
+            cores: Cores::Auto,
+            answer_arp: false,
+            control_socket: PathBuf::from("/run/wiremesh/control.sock"),
+        }
+    }
+}
+
+impl Default for Dataplane {
+    fn default() -> Self {
+        Self {
+            xdp_mode: XdpMode::Auto,
+            copy_mode: CopyMode::Auto,
+            idle: Idle::SpinThenSleep,
+            idle_spin_us: 50,
+            frame_size_bytes: 2048,
+            frames_per_queue: 4096,
+            ring_size: 2048,
+            rx_ring_size: None,
+            tx_ring_size: None,
+            fill_ring_size: None,
+            completion_ring_size: None,
+            fill_batch: 64,
+            huge_pages: HugePages::Auto,
+            need_wakeup: true,
+            tx_budget: 128,
+            busy_poll_us: 0,
+            busy_poll_budget: 64,
+            prefer_busy_poll: true,
+            icmp_errors_per_s: 1000,
+            hang_timeout_ms: 1000,
+        }
+    }
+}
+
+impl Dataplane {
+    /// The rings' sizes, each its own or the common one.
+    pub fn rings(&self) -> Rings {
+        let or_common = |own: Option<u32>| own.unwrap_or(self.ring_size);
+        Rings {
+            rx: or_common(self.rx_ring_size),
+            tx: or_common(self.tx_ring_size),
+            fill: or_common(self.fill_ring_size),
+            completion: or_common(self.completion_ring_size),
+        }
+    }
+}
+
+impl Default for Connections {
+    fn default() -> Self {
+        Self {
+            capacity: 1 << 20,
+            unconfirmed_s: 30,
+            tcp_idle_s: 4 * 60 * 60,
+            tcp_closing_s: 60,
+            udp_idle_s: 300,
+        }
+    }
+}
+
+impl Connections {
+    /// The timeouts, as the table takes them.
+    pub fn timeouts(&self) -> Timeouts {
+        let Self { unconfirmed_s, tcp_idle_s, tcp_closing_s, udp_idle_s, capacity: _ } = *self;
+        Timeouts { unconfirmed_s, tcp_idle_s, tcp_closing_s, udp_idle_s }
+    }
+}
+
+impl Default for Maglev {
+    fn default() -> Self {
+        Self { table_size: 5003, seed: "wiremesh".to_owned() }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { backends: 1 << 14, vips: 1 << 16 }
+    }
+}
+
+impl Limits {
+    /// Whether a process that was started with these limits can take over what is wanted: its tables and
+    /// maps have the size they have.
+    ///
+    /// # Errors
+    /// The first limit exceeded.
+    pub fn admit(&self, desired: &Desired) -> Result<(), Exceeded> {
+        let services = desired.services.iter();
+        let vips = services.clone().map(|service| service.ports.len()).sum();
+        let backends = services.map(|service| service.backends.len()).sum();
+        let checks =
+            [(vips, self.vips, "ports", "vips"), (backends, self.backends, "backends", "backends")];
+        for (wanted, limit, what, key) in checks {
+            if wanted > limit as usize {
+                return Err(Exceeded { wanted, limit, what, key });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// More than the running process has room for.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "there are {wanted} {what}, and the process was started for {limit}: restart with limits.{key} raised"
+)]
+pub struct Exceeded {
+    wanted: usize,
+    limit: u32,
+    what: &'static str,
+    key: &'static str,
+}
+
+impl Config {
+    /// Understands a text; `file` is what it is called in messages.
+    ///
+    /// # Errors
+    /// All that is wrong with it, each with its line.
+    pub fn parse(file: &str, text: &str) -> Result<(Self, Vec<Warning>), ConfigErrors> {
+        let mut report = finding::Report::new(file, text);
+        let written = syntax::parse(text, &mut report).unwrap_or_default();
+        let config = Self::from_keys(&written, &mut report);
+        Ok((config, report.finish()?))
+    }
+
+    fn from_keys(written: &file::File, report: &mut finding::Report) -> Self {
+        let node = settings::node(&written.node, report);
+        let dataplane = settings::dataplane(&written.dataplane, report);
+        let connections = settings::connections(&written.connections, report);
+        let maglev = settings::maglev(&written.maglev, report);
+        let limits = settings::limits(&written.limits, report);
+        let next_hops = services::next_hops(&written.next_hop, report);
+        let vteps = settings::vteps(&node, &written.node);
+        let desired = services::services(&written.service, vteps, &maglev, &limits, report);
+        Self { node, dataplane, connections, maglev, limits, next_hops, desired }
+    }
+
+    /// The keys that differ in `new` and that a running process cannot change. The rest (services,
+    /// next hops, and whether ARP is answered) is part of every snapshot and changes with it.
+    pub fn restart_needed(&self, new: &Self) -> Vec<&'static str> {
+        let mut keys = Vec::new();
+        // Takes each table apart without `..`, so that a new key does not compile until it is
+        // listed.
+        macro_rules! differing {
+            ($($table:ident: $type:ident { $($key:ident),+ $(; $live:ident)* })+) => {$(
+                let $type { $($key,)+ $($live: _,)* } = &self.$table;
+                $(if *$key != new.$table.$key {
+                    keys.push(concat!(stringify!($table), ".", stringify!($key)));
+                })+
+            )+};
+        }
+        differing! {
+            node: Node {
+                name, interfaces, vtep, vtep6, workers, cores, control_socket; answer_arp
+            }
+            dataplane: Dataplane {
+                xdp_mode, copy_mode, idle, idle_spin_us, frame_size_bytes, frames_per_queue,
+                ring_size, rx_ring_size, tx_ring_size, fill_ring_size, completion_ring_size,
+                fill_batch, huge_pages, need_wakeup, tx_budget, busy_poll_us, busy_poll_budget,
+                prefer_busy_poll, icmp_errors_per_s, hang_timeout_ms
+            }
+            connections: Connections {
+                capacity, unconfirmed_s, tcp_idle_s, tcp_closing_s, udp_idle_s
+            }
+            maglev: Maglev { table_size, seed }
+            limits: Limits { backends, vips }
+        }
+        keys
+    }
+}
+
+/// Reads and understands a file.
+///
+/// # Errors
+/// If it cannot be read, or all that is wrong with it.
+pub fn load(path: &Path) -> Result<(Config, Vec<Warning>), LoadError> {
+    understand(path, fs::read_to_string(path))
+}
+
+/// What [`load`] makes of what reading the file gave.
+pub(crate) fn understand(
+    path: &Path,
+    text: io::Result<String>,
+) -> Result<(Config, Vec<Warning>), LoadError> {
+    let path_buf = || path.to_owned();
+    match text {
+        Ok(text) if text.trim().is_empty() => Err(LoadError::Empty { path: path_buf() }),
+        Ok(text) => Ok(Config::parse(&path.to_string_lossy(), &text)?),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Err(LoadError::Missing { path: path_buf() })
+        }
+        Err(source) => Err(LoadError::Unreadable { path: path_buf(), source }),
+    }
+}
+
+/// As the kernel knows it, which is that of the UTS namespace.
+fn host_name() -> String {
+    let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    match name.trim() {
+        "" => "localhost".to_owned(),
+        name => name.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,146 @@
+//! The configuration as it is written: every key optional, with its place in the text. What a value
+//! may be is for `settings` and `services` to judge; here are only names and types.
+
+use serde::Deserialize;
+use toml::Spanned;
+
+use super::{CopyMode, HugePages, Idle, XdpMode};
+
+/// A key that may be there, and where.
+pub type Key<T> = Option<Spanned<T>>;
+
+/// All of it.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct File {
+    pub node: Node,
+    pub dataplane: Dataplane,
+    pub connections: Connections,
+    pub maglev: Maglev,
+    pub limits: Limits,
+    pub next_hop: Vec<Spanned<NextHop>>,
+    pub service: Vec<Spanned<Service>>,
+}
+
+/// `[node]`
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, expecting = "a table, [node]")]
+pub struct Node {
+    pub name: Key<String>,
+    pub interfaces: Key<Vec<Spanned<String>>>,
+    pub vtep: Key<String>,
+    pub vtep6: Key<String>,
+    pub workers: Key<AutoOr<i64>>,
+    pub cores: Key<AutoOr<Vec<i64>>>,
+    pub answer_arp: Option<bool>,
+    pub control_socket: Key<String>,
+}
+
+/// `[dataplane]`
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, expecting = "a table, [dataplane]")]
+pub struct Dataplane {
+    pub xdp_mode: Option<XdpMode>,
+    pub copy_mode: Option<CopyMode>,
+    pub idle: Option<Idle>,
+    pub idle_spin_us: Key<i64>,
+    pub frame_size_bytes: Key<i64>,
+    pub frames_per_queue: Key<i64>,
+    pub ring_size: Key<i64>,
+    pub rx_ring_size: Key<i64>,
+    pub tx_ring_size: Key<i64>,
+    pub fill_ring_size: Key<i64>,
+    pub completion_ring_size: Key<i64>,
+    pub fill_batch: Key<i64>,
+    pub huge_pages: Option<HugePages>,
+    pub need_wakeup: Option<bool>,
+    pub tx_budget: Key<i64>,
+    pub busy_poll_us: Key<i64>,
+    pub busy_poll_budget: Key<i64>,
+    pub prefer_busy_poll: Option<bool>,
+    pub icmp_errors_per_s: Key<i64>,
+    pub hang_timeout_ms: Key<i64>,
+}
+
+/// `[connections]`
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, expecting = "a table, [connections]")]
+pub struct Connections {
+    pub capacity: Key<i64>,
+    pub unconfirmed_s: Key<i64>,
+    pub tcp_idle_s: Key<i64>,
+    pub tcp_closing_s: Key<i64>,
+    pub udp_idle_s: Key<i64>,
+}
+
+/// `[maglev]`
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, expecting = "a table, [maglev]")]
+pub struct Maglev {
+    pub table_size: Key<i64>,
+    pub seed: Option<String>,
+}
+
+/// `[limits]`
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, expecting = "a table, [limits]")]
+pub struct Limits {
+    pub backends: Key<i64>,
+    pub vips: Key<i64>,
+}
+
+/// `[[next_hop]]`
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, expecting = "a table, [[next_hop]]")]
+pub struct NextHop {
+    pub vtep: Key<String>,
+    pub mac: Key<String>,
+    pub interface: Key<String>,
+    pub mtu: Key<i64>,
+}
+
+/// `[[service]]`
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, expecting = "a table, [[service]]")]
+pub struct Service {
+    pub name: Key<String>,
+    pub vip: Key<String>,
+    pub ports: Key<Vec<Spanned<String>>>,
+    pub mode: Key<Mode>,
+    pub vni: Key<i64>,
+    pub vxlan_port: Key<i64>,
+    pub mtu: Key<i64>,
+    pub udp_checksum: Option<bool>,
+    pub backend: Vec<Spanned<Backend>>,
+}
+
+/// `[[service.backend]]`
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, expecting = "a table, [[service.backend]]")]
+pub struct Backend {
+    pub name: Key<String>,
+    pub vtep: Key<String>,
+    pub mac: Key<String>,
+    pub weight: Key<i64>,
+    pub vni: Key<i64>,
+    pub port: Key<i64>,
+    pub mtu: Key<i64>,
+    pub udp_checksum: Option<bool>,
+    pub target_port: Key<i64>,
+}
+
+/// Modes that can be written, not all of which exist yet.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    Dsr,
+    Nat,
+}
+
+/// A value, or the word `auto`.
+#[derive(Debug, Deserialize)]
+#[serde(untagged, expecting = "wrong type, expected \"auto\", a whole number or a list of them")]
+pub enum AutoOr<T> {
+    Value(T),
+    Word(String),
+}

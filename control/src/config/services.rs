@@ -1,0 +1,383 @@
+//! Tables to desired state: services with their backends, and next hops; and what may not stand
+//! side by side in one file.
+
+use std::{collections::HashMap, net::IpAddr, ops::RangeInclusive};
+
+use dataplane::wire::ethernet::MacAddr;
+use toml::Spanned;
+
+use super::{
+    Limits, Maglev, NextHop,
+    file::{self, Key, Mode as WrittenMode},
+    finding::{Report, Span},
+    settings::{self, MAX_TABLE_SIZE, number, prime_from},
+};
+use crate::desired::{Backend, Desired, Mode, Protocol, Service, ServicePort, Vni};
+
+/// The UDP port of VXLAN, RFC 7348 section 5.
+const VXLAN_PORT: u16 = 4789;
+/// Largest share of new connections that one backend can have.
+const MAX_WEIGHT: u16 = 1000;
+/// What every IPv4 host has to be able to receive, RFC 791 section 3.1.
+const MIN_MTU_IPV4: u16 = 576;
+/// What every IPv6 link has to carry, RFC 8200 section 5.
+const MIN_MTU_IPV6: u16 = 1280;
+/// Largest jumbo frame in common use.
+const MAX_MTU: u16 = 9216;
+/// Places in the Maglev table that each backend needs to get its share to within a percent.
+const PLACES_PER_BACKEND: usize = 100;
+
+/// What has been published so far, by all services.
+#[derive(Default)]
+struct Published {
+    names: HashMap<String, Span>,
+    owners: Vec<String>,
+    /// By whom, as an index into `owners` (names may be wrongly the same), and where.
+    ports: HashMap<(IpAddr, ServicePort), (usize, Span)>,
+    vips: HashMap<IpAddr, String>,
+    vteps: Vec<(IpAddr, Span)>,
+    backends: usize,
+}
+
+impl Published {
+    /// Backends, and VIPs.
+    fn counts(&self) -> [usize; 2] {
+        [self.backends, self.ports.len()]
+    }
+}
+
+pub fn services(
+    written: &[Spanned<file::Service>],
+    node_vteps: Vec<(IpAddr, Span)>,
+    maglev: &Maglev,
+    limits: &Limits,
+    report: &mut Report,
+) -> Desired {
+    let mut published = Published { vteps: node_vteps, ..Published::default() };
+    let services = written
+        .iter()
+        .filter_map(|written| {
+            let before = published.counts();
+            let service = service(written, &mut published, report);
+            within_limits(before, published.counts(), written.span(), limits, report);
+            let service = service?;
+            warn(&service, written.span(), maglev, report);
+            Some(service)
+        })
+        .collect();
+    no_vtep_is_a_vip(&published, report);
+    Desired { services }
+}
+
+/// `None` if a key is missing or wrong, which has then been reported.
+fn service(
+    written: &Spanned<file::Service>,
+    published: &mut Published,
+    report: &mut Report,
+) -> Option<Service> {
+    let keys = written.get_ref();
+    let at = written.span();
+    let name = required(&keys.name, "service", "name = \"web\"", &at, report)
+        .and_then(|key| Some((settings::name("name", key, report)?, key.span())));
+    let vip = required(&keys.vip, "service", "vip = \"192.0.2.10\"", &at, report)
+        .and_then(|key| settings::address("vip", key, report));
+    let ports = required(&keys.ports, "service", "ports = [\"80/tcp\"]", &at, report)
+        .map(|key| ports(key, report));
+    if let Some(key) = &keys.mode
+        && let WrittenMode::Nat = key.get_ref()
+    {
+        report.error(key.span(), "mode `nat` is not supported yet", "\"dsr\" is");
+    }
+
+    if let Some((name, span)) = &name
+        && let Some(first) = published.names.insert(name.clone(), span.clone())
+    {
+        let message = format!("two services are named `{name}`");
+        report.conflict(span.clone(), message, "choose another name", first);
+    }
+    if let (Some((name, _)), Some(vip), Some(ports)) = (&name, vip, &ports) {
+        claim(name, vip, ports, published, report);
+    }
+    let ports = ports.map(|ports| ports.into_iter().map(|(port, _)| port).collect::<Vec<_>>());
+    let backends = backends(keys, vip, ports.as_deref().unwrap_or(&[]), published, report);
+    Some(Service { name: name?.0, vip: vip?, ports: ports?, mode: Mode::Dsr, backends })
+}
+
+/// Nobody else may have published the ports.
+fn claim(
+    service: &str,
+    vip: IpAddr,
+    ports: &[(ServicePort, Span)],
+    published: &mut Published,
+    report: &mut Report,
+) {
+    published.vips.entry(vip).or_insert_with(|| service.to_owned());
+    published.owners.push(service.to_owned());
+    let this = published.owners.len() - 1;
+    let mut reported = None;
+    for (port, span) in ports {
+        let claim = (this, span.clone());
+        let Some((owner, first)) = published.ports.insert((vip, *port), claim) else { continue };
+        // Two ranges that overlap are one mistake, not a thousand.
+        if reported.replace(span) == Some(span) {
+            continue;
+        }
+        let port = format!("{}/{}", port.port, port.protocol);
+        let (message, remedy) = if owner == this {
+            (format!("{port} is published twice"), "leave it out here".to_owned())
+        } else {
+            let message = format!("{port} of {vip} is published by two services");
+            let owner = &published.owners[owner];
+            (message, format!("another port or VIP, for `{owner}` has this one"))
+        };
+        report.conflict(span.clone(), message, remedy, first);
+    }
+}
+
+fn backends(
+    service: &file::Service,
+    vip: Option<IpAddr>,
+    ports: &[ServicePort],
+    published: &mut Published,
+    report: &mut Report,
+) -> Vec<Backend> {
+    let defaults = Defaults {
+        vni: service.vni.as_ref().map(|key| vni(key, report)),
+        port: port("vxlan_port", &service.vxlan_port, VXLAN_PORT, report),
+        mtu: mtu(&service.mtu, vip, report),
+        udp_checksum: service.udp_checksum,
+        vip,
+    };
+    let mut names = HashMap::new();
+    let mut missing_vni = None;
+    let mut backends = Vec::with_capacity(service.backend.len());
+    published.backends += service.backend.len();
+    for written in &service.backend {
+        if written.get_ref().vni.is_none() && defaults.vni.is_none() {
+            missing_vni.get_or_insert_with(|| written.span());
+        }
+        if let Some(key) = &written.get_ref().name
+            && let Some(first) = names.insert(key.get_ref(), key.span())
+        {
+            let message = format!("two backends of the service are named `{}`", key.get_ref());
+            report.conflict(key.span(), message, "choose another name", first);
+        }
+        direct(written.get_ref(), ports, report);
+        backends.extend(backend(written, &defaults, published, report));
+    }
+    // Once for all of them, as one line heals them all.
+    if let Some(span) = missing_vni {
+        report.error(span, "the backend has no VNI", "add `vni = 100` to it, or to its service");
+    }
+    backends
+}
+
+/// What a service says for those of its backends that say nothing. `Some(None)` is a VNI that is
+/// wrong.
+struct Defaults {
+    vni: Option<Option<Vni>>,
+    port: u16,
+    mtu: Option<u16>,
+    udp_checksum: Option<bool>,
+    vip: Option<IpAddr>,
+}
+
+fn backend(
+    written: &Spanned<file::Backend>,
+    defaults: &Defaults,
+    published: &mut Published,
+    report: &mut Report,
+) -> Option<Backend> {
+    let keys = written.get_ref();
+    let at = written.span();
+    let name = required(&keys.name, "backend", "name = \"web-1\"", &at, report)
+        .and_then(|key| settings::name("name", key, report));
+    let vtep = required(&keys.vtep, "backend", "vtep = \"192.0.2.1\"", &at, report)
+        .and_then(|key| Some((settings::address("vtep", key, report)?, key.span())));
+    let mac = required(&keys.mac, "backend", "mac = \"02:42:0a:00:00:02\"", &at, report)
+        .and_then(|key| mac(key, report));
+    let weight = number("weight", &keys.weight, (1, 0..=MAX_WEIGHT), report);
+    let vni = keys.vni.as_ref().map(|key| vni(key, report)).or(defaults.vni).flatten();
+    let port = port("port", &keys.port, defaults.port, report);
+    let mtu = mtu(&keys.mtu, defaults.vip, report).or(defaults.mtu);
+    let udp_checksum = keys.udp_checksum.or(defaults.udp_checksum);
+    published.vteps.extend(vtep.clone());
+    let vtep = vtep?.0;
+    Some(Backend { name: name?, vtep, mac: mac?, weight, vni: vni?, port, mtu, udp_checksum })
+}
+
+/// In DSR the packet arrives as the client sent it: no port can be translated.
+fn direct(backend: &file::Backend, ports: &[ServicePort], report: &mut Report) {
+    let Some(key) = &backend.target_port else { return };
+    // 0 stands for a number that is out of range, and reported as such.
+    let target = number("target_port", &backend.target_port, (0, 1..=u16::MAX), report);
+    let other = ports.iter().find(|published| target != 0 && published.port != target);
+    if let Some(other) = other {
+        let message = format!("`target_port` is {target}, but {} is published", other.port);
+        report.error(
+            key.span(),
+            message,
+            format!("listen on {}: mode `dsr` keeps ports, another needs `nat`", other.port),
+        );
+    }
+}
+
+pub fn next_hops(written: &[Spanned<file::NextHop>], report: &mut Report) -> Vec<NextHop> {
+    let mut vteps = HashMap::new();
+    written.iter().filter_map(|written| next_hop(written, &mut vteps, report)).collect()
+}
+
+fn next_hop(
+    written: &Spanned<file::NextHop>,
+    vteps: &mut HashMap<IpAddr, Span>,
+    report: &mut Report,
+) -> Option<NextHop> {
+    let keys = written.get_ref();
+    let at = written.span();
+    let vtep = required(&keys.vtep, "next hop", "vtep = \"192.0.2.1\"", &at, report)
+        .and_then(|key| Some((settings::address("vtep", key, report)?, key.span())));
+    let mac = required(&keys.mac, "next hop", "mac = \"02:42:0a:00:00:02\"", &at, report)
+        .and_then(|key| mac(key, report));
+    let interface = keys.interface.as_ref().and_then(|key| settings::interface(key, report));
+    let mtu = mtu(&keys.mtu, None, report);
+    let (vtep, span) = vtep?;
+    if let Some(first) = vteps.insert(vtep, span.clone()) {
+        report.conflict(span, format!("{vtep} has two next hops"), "keep one of them", first);
+    }
+    Some(NextHop { vtep, mac: mac?, interface, mtu })
+}
+
+/// A tunnel to a VIP would end at a balancer, not at a backend.
+fn no_vtep_is_a_vip(published: &Published, report: &mut Report) {
+    for (vtep, span) in &published.vteps {
+        if let Some(service) = published.vips.get(vtep) {
+            report.error(
+                span.clone(),
+                format!("`vtep` is {vtep}, the VIP of `{service}`"),
+                "the node's own address, at which its tunnel ends",
+            );
+        }
+    }
+}
+
+/// Reported where a limit is passed, and not again: what comes after is as good or bad.
+fn within_limits(
+    before: [usize; 2],
+    after: [usize; 2],
+    at: Span,
+    limits: &Limits,
+    report: &mut Report,
+) {
+    let limits = [("backends", limits.backends), ("vips", limits.vips)];
+    for ((key, limit), (before, after)) in limits.into_iter().zip(before.into_iter().zip(after)) {
+        if before <= limit as usize && after > limit as usize {
+            report.error(
+                at.clone(),
+                format!("the limit of {limit} {key} is passed here"),
+                format!("raise `{key}` in [limits]; up to here there are {after}"),
+            );
+        }
+    }
+}
+
+fn warn(service: &Service, at: Span, maglev: &Maglev, report: &mut Report) {
+    let Service { name, backends, .. } = service;
+    if backends.is_empty() {
+        let message = format!("the service `{name}` has no backends");
+        report.warning(at, message, "its packets are dropped; add a [[service.backend]]");
+        return;
+    }
+    if backends.iter().all(|backend| backend.weight == 0) {
+        let message = format!("all backends of `{name}` have weight 0");
+        report.warning(at.clone(), message, "new connections are dropped; give one a weight");
+    }
+    let places = PLACES_PER_BACKEND * backends.len();
+    if backends.len() > 1 && (maglev.table_size as usize) < places {
+        let places = u32::try_from(places).unwrap_or(MAX_TABLE_SIZE);
+        let enough = prime_from(places.min(MAX_TABLE_SIZE));
+        report.warning(
+            at,
+            format!("the {} backends of `{name}` will not share evenly", backends.len()),
+            format!("set `table_size` in [maglev] to {enough}; it is {}", maglev.table_size),
+        );
+    }
+}
+
+/// The key, or an error that shows how to write it.
+fn required<'a, T>(
+    key: &'a Key<T>,
+    table: &str,
+    example: &str,
+    at: &Span,
+    report: &mut Report,
+) -> Option<&'a Spanned<T>> {
+    if key.is_none() {
+        let name = example.split(' ').next().unwrap_or(example);
+        let message = format!("the {table} has no `{name}`");
+        report.error(at.clone(), message, format!("add one, as in `{example}`"));
+    }
+    key.as_ref()
+}
+
+/// The ports, each with the place of the string that names it.
+fn ports(written: &Spanned<Vec<Spanned<String>>>, report: &mut Report) -> Vec<(ServicePort, Span)> {
+    if written.get_ref().is_empty() {
+        report.error(written.span(), "no port is published", "at least one, as in [\"80/tcp\"]");
+    }
+    let mut all = Vec::new();
+    for written in written.get_ref() {
+        let Some((range, protocol)) = port_range(written.get_ref()) else {
+            report.error(
+                written.span(),
+                format!("`{}` is not a port", written.get_ref()),
+                "1 to 65535 over tcp, udp or sctp, as in \"80/tcp\" or \"8000-8010/udp\"",
+            );
+            continue;
+        };
+        all.extend(range.map(|port| (ServicePort { port, protocol }, written.span())));
+    }
+    all
+}
+
+/// `80/tcp` or `8000-8010/tcp`.
+fn port_range(text: &str) -> Option<(RangeInclusive<u16>, Protocol)> {
+    let (ports, protocol) = text.split_once('/')?;
+    let protocol = protocol.parse().ok()?;
+    let (first, last) = ports.split_once('-').unwrap_or((ports, ports));
+    let (first, last) = (first.parse().ok()?, last.parse().ok()?);
+    (0 < first && first <= last).then_some((first..=last, protocol))
+}
+
+fn mac(written: &Spanned<String>, report: &mut Report) -> Option<MacAddr> {
+    let text = written.get_ref();
+    let Ok(mac) = text.parse::<MacAddr>() else {
+        let message = format!("`mac` is `{text}`, which is not a MAC address");
+        report.error(written.span(), message, "six pairs of hex digits, as in 02:42:0a:00:00:02");
+        return None;
+    };
+    if !mac.is_unicast() {
+        let message = format!("`mac` is {mac}, which no device can have");
+        report.error(written.span(), message, "not zero, and its first byte an even number");
+        return None;
+    }
+    Some(mac)
+}
+
+fn vni(written: &Spanned<i64>, report: &mut Report) -> Option<Vni> {
+    let vni = u32::try_from(*written.get_ref()).ok().and_then(Vni::new);
+    if vni.is_none() {
+        let message = format!("`vni` is {}, which does not fit in 24 bits", written.get_ref());
+        report.error(written.span(), message, "0 to 16777215");
+    }
+    vni
+}
+
+fn port(key: &str, written: &Key<i64>, default: u16, report: &mut Report) -> u16 {
+    number(key, written, (default, 1..=u16::MAX), report)
+}
+
+fn mtu(written: &Key<i64>, vip: Option<IpAddr>, report: &mut Report) -> Option<u16> {
+    let least = if vip.is_some_and(|vip| vip.is_ipv6()) { MIN_MTU_IPV6 } else { MIN_MTU_IPV4 };
+    written.as_ref()?;
+    Some(number("mtu", written, (least, least..=MAX_MTU), report))
+}
