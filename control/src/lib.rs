@@ -3,4 +3,6 @@
 
 pub mod config;
 pub mod desired;
+pub mod link;
+pub mod next_hop;
 pub mod source;
