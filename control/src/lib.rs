@@ -1,8 +1,18 @@
 //! Wiremesh's control plane: what turns configuration and the kernel's knowledge into the snapshots that
 //! workers forward by, and what operators talk to.
 
+pub mod capture;
+pub mod causes;
+pub mod cli;
 pub mod config;
+pub mod daemon;
 pub mod desired;
+pub mod explain;
 pub mod link;
 pub mod next_hop;
+pub mod offline;
+pub mod plan;
+pub mod replay;
 pub mod source;
+pub mod status;
+pub mod workers;

@@ -1,0 +1,564 @@
+//! `wiremesh run`: config → plan → publish, for as long as the process lives.
+//!
+//! One current-thread runtime, off the workers' cores as far as the kernel's scheduler can. Whatever goes
+//! wrong after the start leaves the last good snapshot in force, unless an interface of ours is gone: our
+//! sockets and the XDP program are gone with it, and only a new start brings them back.
+
+mod report;
+mod socket;
+mod steering;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::IpAddr,
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use dataplane::{
+    flow::HashKey,
+    forwarding::Forwarding,
+    maglev::Size,
+    port::xsk::{self, XskError},
+    publish::{Generation, Publisher},
+    steer,
+    time::Tick,
+};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time::{self, Instant},
+};
+use tracing::{error, info, warn};
+
+use self::{
+    report::warn_too_large,
+    socket::{SocketError, StatusSocket},
+    steering::Steered,
+};
+use crate::{
+    causes,
+    config::{Config, Exceeded, LoadError, Warning},
+    link::{self, LinkError},
+    next_hop::{Hops, NextHopError, NextHops},
+    plan::{Inputs, Interface, Placement, Plan, PlanError, Planner, Settings, SteerKey},
+    source::file::{Cause, FileSource, FileSourceError},
+    workers::{Fleet, NotSteered, Queues, StartError},
+};
+
+/// How long the first snapshot waits for next hops: the kernel gives a silent neighbour up after 3 s.
+const RESOLVE_TIMEOUT: Duration = Duration::from_secs(4);
+/// How long a new configuration waits for them, so that those that answer take connections from its first
+/// packet on. The others join when they are resolved.
+const SETTLE_TIMEOUT: Duration = Duration::from_millis(200);
+/// How long workers get to acknowledge a snapshot; a sleeping one wakes within 100 ms.
+const ACKNOWLEDGE_TIMEOUT: Duration = Duration::from_millis(500);
+/// How often old snapshots are freed.
+const TICK: Duration = Duration::from_millis(100);
+/// How often our interfaces are looked at: their MAC address or MTU may change.
+const RELINK: Duration = Duration::from_secs(2);
+/// How long the kernel gets to tell about them.
+const LINK_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long one may be gone: it may only be on its way back under its name.
+const MISSING_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Why the daemon can't start, or had to stop.
+#[derive(Debug, thiserror::Error, miette::Diagnostic)]
+pub enum RunError {
+    /// The configuration.
+    #[error(transparent)]
+    #[diagnostic(transparent)]
+    Config(#[from] LoadError),
+    /// Watching it.
+    #[error(transparent)]
+    FileSource(#[from] FileSourceError),
+    /// The interfaces.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The next hops.
+    #[error(transparent)]
+    NextHop(#[from] NextHopError),
+    /// Sockets, steering, threads.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// The first plan.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// Steering VIPs.
+    #[error(transparent)]
+    Steer(#[from] NotSteered),
+    /// What the process was not started for.
+    #[error(transparent)]
+    Exceeded(#[from] Exceeded),
+    /// The privileges, or the kernel.
+    #[error(transparent)]
+    Xsk(#[from] XskError),
+    /// The status socket.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// Signals.
+    #[error("cannot listen for signals")]
+    Signal(#[source] io::Error),
+    /// An interface of ours is gone.
+    #[error(
+        "interface {0} is gone, and our sockets and XDP program with it: start again once it is back"
+    )]
+    LinkGone(String),
+    /// Another interface has its name.
+    #[error(
+        "interface {0} was deleted and made anew, and our sockets and XDP program went with the old \
+         one: start again"
+    )]
+    LinkReplaced(String),
+}
+
+/// Runs until SIGTERM or SIGINT.
+///
+/// # Errors
+/// If it can't start, or loses an interface. Other failures are logged and change nothing.
+pub async fn run(path: &Path) -> Result<(), RunError> {
+    let mut source = FileSource::new(path)?;
+    let (config, warnings) = source.load()?;
+    log_warnings(&warnings);
+    // First, for whoever lacks this privilege may well not listen either.
+    xsk::permitted()?;
+    let socket = StatusSocket::bind(&config.node.control_socket).await?;
+    let mut daemon = Daemon::start(config).await?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(RunError::Signal)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Signal)?;
+    let mut hops = daemon.next_hops.subscribe();
+    let mut tick = time::interval(TICK);
+    tick.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
+    let mut relink = time::interval(RELINK);
+    relink.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
+    let ended = loop {
+        tokio::select! {
+            _ = terminate.recv() => break Ok(()),
+            _ = interrupt.recv() => break Ok(()),
+            change = source.next() => daemon.reload(change.cause, change.loaded).await,
+            Ok(()) = hops.changed() => {
+                let hops = hops.borrow_and_update().clone();
+                daemon.rehop(hops).await;
+            }
+            _ = tick.tick() => {
+                daemon.publisher.retire();
+            }
+            _ = relink.tick() => if let Err(lost) = daemon.relink().await {
+                break Err(lost);
+            },
+            client = socket.accept() => {
+                let status = serde_json::to_vec(&daemon.status()).expect("a status is plain data");
+                socket::answer(client, status);
+            }
+        }
+    };
+    info!("stopping: the kernel gets all packets again");
+    drop(daemon);
+    ended
+}
+
+/// The daemon's state.
+struct Daemon {
+    config: Config,
+    interfaces: Vec<Interface>,
+    next_hops: NextHops,
+    hops: Hops,
+    planner: Planner,
+    /// Must outlive the workers, so that they free no snapshot.
+    fleet: Fleet,
+    publisher: Publisher<Forwarding>,
+    generation: Generation,
+    backends: Vec<Placement>,
+    steered: Steered,
+    refused: Option<String>,
+    /// Rx queues of each interface.
+    rx_queues: Vec<u32>,
+    /// Since when an interface is gone.
+    missing: Option<Instant>,
+}
+
+impl Daemon {
+    async fn start(config: Config) -> Result<Self, RunError> {
+        let names = match &config.node.interfaces[..] {
+            [] => vec![link::default_route_interface().await?],
+            names => names.to_vec(),
+        };
+        let links = link::links(&names).await?;
+        let interfaces: Vec<Interface> = links.iter().map(interface).collect();
+        let next_hops = NextHops::start(links.iter().map(|link| link.device.index).collect())?;
+        next_hops.want(vteps(&config));
+        if !next_hops.settled(RESOLVE_TIMEOUT).await {
+            warn!("some next hops are still being resolved; starting without them");
+        }
+        let hops = next_hops.subscribe().borrow().clone();
+        let mut planner = planner(&config);
+        let plan = planner.plan(&inputs(&config, &hops, &interfaces), Tick(0))?;
+        let mut publisher = Publisher::new(Arc::new(plan.forwarding));
+        let queues: Vec<Queues> = links
+            .iter()
+            .map(|link| Queues {
+                interface: link.device.name.clone(),
+                mac: link.device.mac,
+                count: link.rx_queues as usize,
+            })
+            .collect();
+        let fleet = Fleet::start(&config, &queues, &mut publisher)?;
+        fleet.leave_cores_to_workers();
+        let generation = publisher.generation();
+        let mut daemon = Self {
+            config,
+            interfaces,
+            next_hops,
+            hops,
+            planner,
+            fleet,
+            publisher,
+            generation,
+            backends: plan.backends,
+            steered: Steered::default(),
+            refused: None,
+            rx_queues: links.iter().map(|link| link.rx_queues).collect(),
+            missing: None,
+        };
+        daemon.log_start();
+        warn_too_large(&daemon.interfaces, daemon.config.dataplane.frame_size_bytes);
+        daemon.log_unreachable(&[]);
+        // Published before steered: XDP never hands over what no worker knows.
+        daemon.steer_more(&plan.steer)?;
+        info!(node = daemon.config.node.name, vips = daemon.steered.len(), "ready");
+        Ok(daemon)
+    }
+
+    /// A new configuration, or none.
+    async fn reload(&mut self, cause: Cause, loaded: Result<(Config, Vec<Warning>), LoadError>) {
+        let (config, warnings) = match loaded {
+            Ok(loaded) => loaded,
+            Err(refused) => {
+                let sentences = refused.sentences().join("; ");
+                error!("configuration refused, the running state stays: {sentences}");
+                self.refused = Some(sentences);
+                return;
+            }
+        };
+        log_warnings(&warnings);
+        let restart = self.config.restart_needed(&config);
+        if !restart.is_empty() {
+            warn!("restart to change {}; everything else is taken over", restart.join(", "));
+        }
+        // Only what can change while running is taken over, so that the rest goes on saying what is true.
+        let mut next = self.config.clone();
+        next.desired = config.desired;
+        next.next_hops = config.next_hops;
+        next.node.answer_arp = config.node.answer_arp;
+        match self.take_over(next).await {
+            Ok(()) => {
+                self.refused = None;
+                info!(?cause, generation = self.generation.get(), "configuration taken over");
+            }
+            Err(refused) => self.refused = Some(causes::line(causes::of(&refused))),
+        }
+        // Nobody else's ways are followed any more, or still.
+        self.next_hops.want(vteps(&self.config));
+    }
+
+    /// Goes over to another configuration, or back to this one.
+    async fn take_over(&mut self, next: Config) -> Result<(), RunError> {
+        let admitted = self.config.limits.admit(&next.desired);
+        if let Err(refused) = admitted {
+            error!("configuration refused, the running state stays: {refused}");
+            return Err(refused.into());
+        }
+        // Those of the running state too, which may have to stay.
+        self.next_hops.want(&vteps(&self.config) | &vteps(&next));
+        self.next_hops.settled(SETTLE_TIMEOUT).await;
+        let hops = self.next_hops.subscribe().borrow().clone();
+        let before = std::mem::replace(&mut self.config, next);
+        let Err(refused) = self.replan(hops.clone()).await else { return Ok(()) };
+        self.config = before;
+        let sentence = causes::line(causes::of(&refused));
+        if !changed_something(&refused) {
+            error!("configuration refused, the running state stays: {sentence}");
+            return Err(refused);
+        }
+        match self.replan(hops).await {
+            Ok(()) => {
+                error!("configuration not taken over, the state before is restored: {sentence}")
+            }
+            Err(again) => error!(
+                "configuration taken over in part, and the state before can't be restored, restart: \
+                 {sentence}; {}",
+                causes::line(causes::of(&again))
+            ),
+        }
+        Err(refused)
+    }
+
+    /// Next hops have changed.
+    async fn rehop(&mut self, hops: Hops) {
+        let wanted = vteps(&self.config);
+        // One made before all were wanted would take those out of service that it lacks.
+        let complete = wanted.iter().all(|vtep| hops.contains_key(vtep));
+        if !complete || wanted.iter().all(|vtep| hops.get(vtep) == self.hops.get(vtep)) {
+            return;
+        }
+        if let Err(refused) = self.replan(hops).await {
+            log_refused("next hops", &refused);
+        }
+    }
+
+    /// Follows changes of our own interfaces.
+    ///
+    /// # Errors
+    /// If one is gone for good.
+    async fn relink(&mut self) -> Result<(), RunError> {
+        let names: Vec<&str> = self.interfaces.iter().map(|i| i.name.as_str()).collect();
+        let links = match time::timeout(LINK_TIMEOUT, link::links(&names)).await {
+            Ok(Ok(links)) => links,
+            Ok(Err(LinkError::Missing { name, .. })) => {
+                let since = *self.missing.get_or_insert_with(Instant::now);
+                return match since.elapsed() {
+                    gone if gone < MISSING_TIMEOUT => Ok(()),
+                    _ => Err(RunError::LinkGone(name)),
+                };
+            }
+            Ok(Err(error)) => {
+                warn!("our interfaces can't be looked at: {}", causes::line(causes::of(&error)));
+                return Ok(());
+            }
+            Err(_) => {
+                warn!("the kernel does not tell about our interfaces within {LINK_TIMEOUT:?}");
+                return Ok(());
+            }
+        };
+        self.missing = None;
+        let interfaces: Vec<Interface> = links.iter().map(interface).collect();
+        if let Some(name) = replaced(&self.interfaces, &interfaces) {
+            return Err(RunError::LinkReplaced(name.to_owned()));
+        }
+        self.requeue(links.iter().map(|link| link.rx_queues).collect());
+        if interfaces == self.interfaces {
+            return Ok(());
+        }
+        info!("an interface's address or MTU has changed");
+        let before = std::mem::replace(&mut self.interfaces, interfaces);
+        if before.iter().map(|i| i.mtu).ne(self.interfaces.iter().map(|i| i.mtu)) {
+            warn_too_large(&self.interfaces, self.config.dataplane.frame_size_bytes);
+        }
+        let hops = self.hops.clone();
+        let followed = match self.follow_macs() {
+            Ok(()) => self.replan(hops).await,
+            Err(refused) => Err(refused),
+        };
+        if let Err(refused) = followed {
+            log_refused("the change", &refused);
+            if !changed_something(&refused) {
+                self.interfaces = before;
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells XDP our interfaces' MAC addresses.
+    fn follow_macs(&self) -> Result<(), RunError> {
+        for (steer, interface) in self.fleet.steers().iter_mut().zip(&self.interfaces) {
+            steer.set_mac(interface.mac).map_err(NotSteered)?;
+        }
+        Ok(())
+    }
+
+    /// Notes how many rx queues our interfaces have, and warns of a change.
+    fn requeue(&mut self, rx_queues: Vec<u32>) {
+        let before = std::mem::replace(&mut self.rx_queues, rx_queues);
+        for ((interface, now), before) in self.interfaces.iter().zip(&self.rx_queues).zip(before) {
+            if *now != before {
+                warn!(
+                    interface = interface.name,
+                    before,
+                    now,
+                    "the number of rx queues has changed, and workers have the old ones: restart"
+                );
+            }
+        }
+    }
+
+    /// Plans anew and brings workers and XDP in step: what is steered is always a part of what workers
+    /// know.
+    async fn replan(&mut self, hops: Hops) -> Result<(), RunError> {
+        let inputs = inputs(&self.config, &hops, &self.interfaces);
+        let Plan { forwarding, steer, backends } = self.planner.plan(&inputs, self.fleet.now())?;
+        self.steer_less(&steer).await?;
+        self.generation = self.publisher.publish(Arc::new(forwarding));
+        self.hops = hops;
+        let before = std::mem::replace(&mut self.backends, backends);
+        self.log_unreachable(&before);
+        self.acknowledged().await;
+        self.steer_more(&steer)?;
+        Ok(())
+    }
+
+    /// Steers no more what is not in `wanted`, and lets the workers finish what they have of it.
+    async fn steer_less(&mut self, wanted: &BTreeMap<SteerKey, bool>) -> Result<(), NotSteered> {
+        let gone = {
+            let mut steers = self.fleet.steers();
+            self.steered.less(wanted, |key| {
+                steers.iter_mut().try_for_each(|steer| steer.remove_vip(steer_key(key)))
+            })?
+        };
+        if !gone {
+            return Ok(());
+        }
+        let first = self.fleet.progress();
+        let (mut last, mut emptied) = (first.clone(), vec![false; first.len()]);
+        let deadline = Instant::now() + ACKNOWLEDGE_TIMEOUT;
+        while !self.fleet.emptied_since(&first, &mut last, &mut emptied) {
+            if Instant::now() >= deadline {
+                warn!(
+                    "a worker has not emptied its rx rings in time; what is withdrawn is dropped"
+                );
+                break;
+            }
+            time::sleep(Duration::from_millis(1)).await;
+        }
+        Ok(())
+    }
+
+    /// Steers all of `wanted`.
+    fn steer_more(&mut self, wanted: &BTreeMap<SteerKey, bool>) -> Result<(), NotSteered> {
+        let mut steers = self.fleet.steers();
+        let add = |key, answer_arp| {
+            let flags = if answer_arp { steer::ANSWER_ARP } else { 0 };
+            steers.iter_mut().try_for_each(|steer| steer.add_vip(steer_key(key), flags))
+        };
+        Ok(self.steered.more(wanted, add)?)
+    }
+
+    /// Waits until all workers that turn forward by the newest snapshot.
+    async fn acknowledged(&mut self) {
+        let before = self.fleet.progress();
+        let deadline = Instant::now() + ACKNOWLEDGE_TIMEOUT;
+        while !self.publisher.acknowledged(self.generation) && !self.fleet.turned_since(&before) {
+            if Instant::now() >= deadline {
+                warn!("a worker has not taken the new snapshot over in time");
+                break;
+            }
+            time::sleep(Duration::from_millis(1)).await;
+        }
+        self.publisher.retire();
+    }
+}
+
+/// Whether this refusal came when workers or XDP had been told already. All others come before.
+fn changed_something(refused: &RunError) -> bool {
+    matches!(refused, RunError::Steer(_))
+}
+
+fn log_refused(what: &str, refused: &RunError) {
+    let sentence = causes::line(causes::of(refused));
+    if changed_something(refused) {
+        error!("{what} taken over in part, the next change will be tried in full: {sentence}");
+    } else {
+        error!("{what} not taken over, the running state stays: {sentence}");
+    }
+}
+
+/// An interface that is another one than before.
+fn replaced<'a>(before: &'a [Interface], now: &[Interface]) -> Option<&'a str> {
+    let mut both = before.iter().zip(now);
+    both.find(|(before, now)| before.index != now.index).map(|(before, _)| before.name.as_str())
+}
+
+fn interface(link: &link::Link) -> Interface {
+    Interface {
+        name: link.device.name.clone(),
+        index: Some(link.device.index),
+        mac: link.device.mac,
+        mtu: link.device.mtu,
+        partial_checksums: link.partial_checksums(),
+        addresses: link.addresses.clone(),
+    }
+}
+
+fn inputs<'a>(config: &'a Config, hops: &'a Hops, interfaces: &'a [Interface]) -> Inputs<'a> {
+    Inputs {
+        desired: &config.desired,
+        hops,
+        next_hops: &config.next_hops,
+        interfaces,
+        vtep: config.node.vtep,
+        vtep6: config.node.vtep6,
+        answer_arp: config.node.answer_arp,
+        offline: false,
+    }
+}
+
+/// A planner by the process settings of a configuration.
+pub fn planner(config: &Config) -> Planner {
+    Planner::new(Settings {
+        maglev_size: Size::new(config.maglev.table_size).expect("the configuration checks it"),
+        maglev_key: HashKey::from_seed(&config.maglev.seed),
+        slots: config.limits.backends as usize,
+        rest_ms: config.connections.timeouts().longest_ms(),
+    })
+}
+
+/// The VTEPs that the kernel has to be asked for: not those that the operator has told all about.
+fn vteps(config: &Config) -> BTreeSet<IpAddr> {
+    let said = config.next_hops.iter().filter(|hop| hop.interface.is_some());
+    let said: BTreeSet<IpAddr> = said.map(|hop| hop.vtep).collect();
+    let services = config.desired.services.iter();
+    let vteps = services.flat_map(|service| service.backends.iter().map(|backend| backend.vtep));
+    vteps.filter(|vtep| !said.contains(vtep)).collect()
+}
+
+fn steer_key((address, protocol, port): SteerKey) -> steer::Key {
+    steer::Key { address, protocol, port }
+}
+
+fn log_warnings(warnings: &[Warning]) {
+    for warning in warnings {
+        warn!("{}", warning.sentence());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_is_not_asked_for_what_the_operator_has_told() {
+        let hop = |vtep: &str, interface: &str| {
+            format!("[[next_hop]]\nvtep = \"{vtep}\"\nmac = \"02:00:00:00:00:02\"\n{interface}\n")
+        };
+        let backend = |name: &str, vtep: &str| {
+            format!("{{ name = \"{name}\", vtep = \"{vtep}\", mac = \"02:00:00:00:00:02\" }}")
+        };
+        let backends =
+            [backend("a", "10.0.0.2"), backend("b", "10.0.0.3"), backend("c", "10.0.0.4")];
+        let text = format!(
+            "{}{}[[service]]\nname = \"web\"\nvip = \"203.0.113.1\"\nports = [\"80/tcp\"]\nvni = 1\n\
+             backend = [{}]\n",
+            hop("10.0.0.2", "interface = \"eth0\""),
+            hop("10.0.0.3", ""),
+            backends.join(", ")
+        );
+        let (config, _) = Config::parse("test", &text).unwrap();
+        let asked = ["10.0.0.3", "10.0.0.4"].map(|vtep| vtep.parse().unwrap());
+        assert_eq!(vteps(&config), BTreeSet::from(asked));
+    }
+
+    #[test]
+    fn an_interface_that_was_made_anew_is_another_one() {
+        let interface = |name: &str, index| Interface {
+            name: name.to_owned(),
+            index: Some(link::LinkIndex(index)),
+            mac: Default::default(),
+            mtu: 1500,
+            partial_checksums: false,
+            addresses: Vec::new(),
+        };
+        let before = [interface("eth0", 2), interface("eth1", 3)];
+        assert_eq!(replaced(&before, &before), None);
+        assert_eq!(replaced(&before, &[interface("eth0", 2), interface("eth1", 9)]), Some("eth1"));
+    }
+}

@@ -1,0 +1,322 @@
+//! `wiremesh explain`: which backend a connection would get, and why. It runs the packet path's own
+//! `select` on a scratch table.
+
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+};
+
+use dataplane::{
+    connections::{AllocationError, Connections, Timeouts},
+    counters::Counters,
+    flow::{Flow, FlowKey, HashKey, Kind, protocol, tcp_flags},
+    select::{self, Context},
+    time::Tick,
+};
+use serde::Serialize;
+
+use crate::{
+    config::Config,
+    desired::{Backend, Protocol, Service, ServicePort, port_ranges},
+    offline::Offline,
+    plan::PlanError,
+};
+
+/// Why there is no explanation.
+#[derive(Debug, thiserror::Error, miette::Diagnostic)]
+pub enum ExplainError {
+    /// One end is IPv4, the other IPv6.
+    #[error("{0} and {1} are of different families: no packet has both")]
+    MixedFamilies(SocketAddr, SocketAddr),
+    /// The configuration can't be.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// No memory.
+    #[error(transparent)]
+    Connections(#[from] AllocationError),
+}
+
+/// What would happen to a connection's first packet.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "verdict", rename_all = "kebab-case")]
+pub enum Explanation {
+    /// It goes to a backend.
+    Forwarded {
+        /// The service.
+        service: String,
+        /// The backend.
+        backend: String,
+        /// Its share of new connections.
+        weight: u16,
+        /// The shares of all backends together.
+        weights: u32,
+        /// The node that runs it.
+        vtep: IpAddr,
+        /// The tunnel's UDP port.
+        port: u16,
+        /// The tunnel's network.
+        vni: u32,
+        /// Its MAC address there.
+        mac: String,
+        /// How many of the service's backends take new connections.
+        candidates: usize,
+        /// Those that drain.
+        draining: Vec<String>,
+        /// Why this one.
+        why: String,
+    },
+    /// It does not.
+    Dropped {
+        /// The reason's label.
+        reason: String,
+        /// What it means.
+        sentence: String,
+        /// Why that is so here.
+        why: String,
+    },
+}
+
+impl fmt::Display for Explanation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Forwarded {
+                service,
+                backend,
+                weight,
+                weights,
+                vtep,
+                port,
+                vni,
+                mac,
+                why,
+                ..
+            } => {
+                let tunnel = SocketAddr::new(*vtep, *port);
+                writeln!(f, "service  {service}")?;
+                writeln!(f, "backend  {backend}, weight {weight} of {weights}")?;
+                writeln!(f, "tunnel   VNI {vni} to {tunnel}, inner MAC {mac}")?;
+                writeln!(f, "because  {why}")
+            }
+            Self::Dropped { reason, sentence, why } => {
+                writeln!(f, "dropped  {reason}: {sentence}")?;
+                writeln!(f, "because  {why}")
+            }
+        }
+    }
+}
+
+/// Explains what would happen to the first packet from `client` to `vip`.
+///
+/// # Errors
+/// If there can be no such packet, or the configuration can't be forwarded by.
+pub fn explain(
+    config: &Config,
+    protocol: Protocol,
+    client: SocketAddr,
+    vip: SocketAddr,
+) -> Result<Explanation, ExplainError> {
+    if client.is_ipv4() != vip.is_ipv4() {
+        return Err(ExplainError::MixedFamilies(client, vip));
+    }
+    let offline = Offline::new(config)?;
+    let flow = first_packet(protocol, client, vip);
+    let mut context = Context {
+        connections: &mut Connections::new(16, &Timeouts::default())?,
+        peers: &[],
+        counters: &Counters::new(0),
+        now: Tick(0),
+    };
+    let hash = flow.key.hash(&HashKey::random());
+    let selected = match select::select(&flow, hash, &offline.forwarding, &mut context) {
+        Ok(selected) => selected,
+        Err(reason) => {
+            return Ok(Explanation::Dropped {
+                reason: reason.label().to_owned(),
+                sentence: reason.sentence().to_owned(),
+                why: why_dropped(config, protocol, vip),
+            });
+        }
+    };
+    let services = config.desired.services.iter();
+    let all = services.flat_map(|service| service.backends.iter().map(move |b| (service, b)));
+    let (service, backend) = all
+        .zip(&offline.backends)
+        .find(|(_, placement)| placement.slot == selected.slot)
+        .map(|(both, _)| both)
+        .expect("a selected slot was placed");
+    Ok(forwarded(service, backend))
+}
+
+fn forwarded(service: &Service, backend: &Backend) -> Explanation {
+    let (takers, draining): (Vec<&Backend>, Vec<&Backend>) =
+        service.backends.iter().partition(|backend| backend.weight > 0);
+    let draining: Vec<String> = draining.into_iter().map(|backend| backend.name.clone()).collect();
+    let choice = match takers.len() {
+        1 => "it is the only backend that takes new connections".to_owned(),
+        count => format!("Maglev chooses it among {count} backends"),
+    };
+    let drain = match &draining[..] {
+        [] => String::new(),
+        [one] => format!("; {one} drains"),
+        names => format!("; {} drain", names.join(", ")),
+    };
+    Explanation::Forwarded {
+        service: service.name.clone(),
+        backend: backend.name.clone(),
+        weight: backend.weight,
+        weights: takers.iter().map(|taker| u32::from(taker.weight)).sum(),
+        vtep: backend.vtep,
+        port: backend.port,
+        vni: backend.vni.get(),
+        mac: backend.mac.to_string(),
+        candidates: takers.len(),
+        draining,
+        why: format!("{choice}{drain}; a remembered connection keeps its backend"),
+    }
+}
+
+/// What the configuration has instead of what was asked for.
+fn why_dropped(config: &Config, protocol: Protocol, vip: SocketAddr) -> String {
+    let at_vip = || config.desired.services.iter().filter(|service| service.vip == vip.ip());
+    let asked = ServicePort { port: vip.port(), protocol };
+    if let Some(service) = at_vip().find(|service| service.ports.contains(&asked)) {
+        return match service.backends.len() {
+            0 => format!("the service {} has no backends", service.name),
+            1 => format!("the only backend of {} has weight 0", service.name),
+            count => format!("all {count} backends of {} have weight 0", service.name),
+        };
+    }
+    let served: Vec<String> = at_vip()
+        .map(|service| format!("{} on {}", service.name, port_ranges(&service.ports).join(" ")))
+        .collect();
+    match &served[..] {
+        [] => format!("{} is no VIP: no service has it", vip.ip()),
+        served => format!("{} serves {}, not {asked}", vip.ip(), served.join("; ")),
+    }
+}
+
+fn first_packet(protocol: Protocol, client: SocketAddr, vip: SocketAddr) -> Flow {
+    let protocol = protocol.number();
+    let key = FlowKey {
+        src: client.ip().into(),
+        dst: vip.ip().into(),
+        src_port: client.port(),
+        dst_port: vip.port(),
+        protocol,
+    };
+    Flow {
+        key,
+        kind: Kind::Packet,
+        tcp_flags: if protocol == protocol::TCP { tcp_flags::SYN } else { 0 },
+        tos: 0,
+        dont_fragment: true,
+        ip_offset: 14,
+        ip_len: 40,
+        l4_offset: 34,
+        protocol,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CONFIG: &str = r#"
+        node.interfaces = ["absent0"]
+
+        [[service]]
+        name = "web"
+        vip = "203.0.113.10"
+        ports = ["80/tcp", "8000-8010/tcp", "443/udp"]
+        vni = 100
+        backend = [
+            { name = "web-1", vtep = "10.0.0.2", mac = "02:42:0a:00:00:02", weight = 3 },
+            { name = "web-2", vtep = "10.0.0.3", mac = "02:42:0a:00:00:03", weight = 0 },
+        ]
+
+        [[service]]
+        name = "six"
+        vip = "2001:db8::10"
+        ports = ["80/tcp"]
+        vni = 100
+        backend = [
+            { name = "six-1", vtep = "fd00::2", mac = "02:42:0a:00:00:02", port = 8472 },
+            { name = "six-2", vtep = "fd00::3", mac = "02:42:0a:00:00:03" },
+        ]
+
+        [[service]]
+        name = "draining"
+        vip = "203.0.113.11"
+        ports = ["80/tcp"]
+        vni = 100
+        backend = [{ name = "web-1", vtep = "10.0.0.2", mac = "02:42:0a:00:00:02", weight = 0 }]
+
+        [[service]]
+        name = "empty"
+        vip = "203.0.113.11"
+        ports = ["81/tcp"]
+    "#;
+
+    /// What is printed about the first TCP packet from there to there.
+    fn explained(client: &str, vip: &str) -> String {
+        let config = Config::parse("test", CONFIG).unwrap().0;
+        let (client, vip) = (client.parse().unwrap(), vip.parse().unwrap());
+        explain(&config, Protocol::Tcp, client, vip).unwrap().to_string()
+    }
+
+    #[test]
+    fn the_backend_is_named_with_its_share_its_tunnel_and_who_is_not_asked() {
+        let expected = "\
+service  web
+backend  web-1, weight 3 of 3
+tunnel   VNI 100 to 10.0.0.2:4789, inner MAC 02:42:0a:00:00:02
+because  it is the only backend that takes new connections; web-2 drains; a remembered connection \
+keeps its backend
+";
+        assert_eq!(explained("198.51.100.7:40000", "203.0.113.10:80"), expected);
+    }
+
+    #[test]
+    fn a_tunnel_over_ipv6_is_written_as_a_socket_address() {
+        let text = explained("[2001:db8::7]:40000", "[2001:db8::10]:80");
+        assert!(
+            text.contains("to [fd00::2]:8472,") || text.contains("to [fd00::3]:4789,"),
+            "{text}"
+        );
+        assert!(text.contains("because  Maglev chooses it among 2 backends; a"), "{text}");
+    }
+
+    #[test]
+    fn a_drop_is_explained_by_what_the_configuration_has_instead() {
+        for (vip, why) in [
+            ("203.0.113.99:80", "203.0.113.99 is no VIP: no service has it"),
+            (
+                "203.0.113.10:81",
+                "203.0.113.10 serves web on 80/tcp 8000-8010/tcp 443/udp, not 81/tcp",
+            ),
+            (
+                "203.0.113.10:443",
+                "203.0.113.10 serves web on 80/tcp 8000-8010/tcp 443/udp, not 443/tcp",
+            ),
+            (
+                "203.0.113.11:82",
+                "203.0.113.11 serves draining on 80/tcp; empty on 81/tcp, not 82/tcp",
+            ),
+            ("203.0.113.11:80", "the only backend of draining has weight 0"),
+            ("203.0.113.11:81", "the service empty has no backends"),
+        ] {
+            let text = explained("198.51.100.7:40000", vip);
+            assert!(text.starts_with("dropped  no_"), "{text}");
+            assert!(text.ends_with(&format!("because  {why}\n")), "{text}");
+        }
+    }
+
+    #[test]
+    fn no_packet_has_two_families() {
+        let config = Config::parse("test", CONFIG).unwrap().0;
+        let (client, vip) =
+            ("198.51.100.7:1".parse().unwrap(), "[2001:db8::10]:80".parse().unwrap());
+        let error = explain(&config, Protocol::Tcp, client, vip).unwrap_err();
+        assert!(error.to_string().contains("are of different families"), "{error}");
+    }
+}

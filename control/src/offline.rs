@@ -1,0 +1,66 @@
+//! A snapshot without a kernel, for `replay` and `explain`: interfaces as far as they can be read without
+//! privileges, next hops as far as the configuration knows them.
+
+use std::{collections::HashMap, fs, sync::Arc};
+
+use dataplane::{forwarding::Forwarding, time::Tick};
+
+use crate::{
+    config::Config,
+    daemon,
+    plan::{Inputs, Interface, Placement, PlanError},
+};
+
+/// What an absent interface counts as, in bytes.
+const MTU: u32 = 1500;
+
+/// A snapshot, and where each backend is in it.
+#[derive(Debug)]
+pub struct Offline {
+    /// The snapshot.
+    pub forwarding: Arc<Forwarding>,
+    /// One for each backend, in order.
+    pub backends: Vec<Placement>,
+    /// The interfaces.
+    pub interfaces: Vec<Interface>,
+}
+
+impl Offline {
+    /// Plans what a daemon with this configuration would, if it knew no more than the configuration says.
+    ///
+    /// # Errors
+    /// If what is wanted can't be.
+    pub fn new(config: &Config) -> Result<Self, PlanError> {
+        let interfaces: Vec<Interface> = match &config.node.interfaces[..] {
+            [] => vec![interface("default")],
+            names => names.iter().map(|name| interface(name)).collect(),
+        };
+        let inputs = Inputs {
+            desired: &config.desired,
+            hops: &HashMap::new(),
+            next_hops: &config.next_hops,
+            interfaces: &interfaces,
+            vtep: config.node.vtep,
+            vtep6: config.node.vtep6,
+            answer_arp: config.node.answer_arp,
+            offline: true,
+        };
+        let plan = daemon::planner(config).plan(&inputs, Tick(0))?;
+        Ok(Self { forwarding: Arc::new(plan.forwarding), backends: plan.backends, interfaces })
+    }
+}
+
+/// An interface as far as it is known. Its MAC address is left unknown even if it is there, so that
+/// a capture from another node is not taken for another station's packets. A capture may come from
+/// a veth, so checksums may be partial.
+fn interface(name: &str) -> Interface {
+    let mtu = fs::read_to_string(format!("/sys/class/net/{name}/mtu")).ok();
+    Interface {
+        name: name.to_owned(),
+        index: None,
+        mac: Default::default(),
+        mtu: mtu.and_then(|text| text.trim().parse().ok()).unwrap_or(MTU),
+        partial_checksums: true,
+        addresses: Vec::new(),
+    }
+}

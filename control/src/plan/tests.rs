@@ -1,0 +1,350 @@
+//! What a plan is made of, and what stays the same from one to the next.
+
+use dataplane::{encap, parse, port::Pool, port::sim};
+use etherparse::{NetHeaders, PacketBuilder, PacketHeaders, TransportHeader::Udp, VlanHeader};
+
+use super::*;
+use crate::{config::Config, link::VlanTag, next_hop::Resolved};
+
+const REST_MS: u64 = 60_000;
+
+const TWO: &str = r#"
+    [[service]]
+    name = "web"
+    vip = "203.0.113.10"
+    ports = ["80/tcp", "443/udp"]
+    vni = 100
+    backend = [
+        { name = "web-1", vtep = "10.0.0.2", mac = "02:42:0a:00:00:02" },
+        { name = "web-2", vtep = "10.0.0.3", mac = "02:42:0a:00:00:03" },
+    ]
+"#;
+
+fn config(text: &str) -> Config {
+    Config::parse("test", text).unwrap().0
+}
+
+/// A service of these backends.
+fn service(name: &str, backends: &[&str]) -> String {
+    let line = |backend: &&str| {
+        format!("{{ name = \"{backend}\", vtep = \"10.0.0.2\", mac = \"02:42:0a:00:00:02\" }}")
+    };
+    let backends: Vec<_> = backends.iter().map(line).collect();
+    let last = name.len();
+    format!(
+        "[[service]]\nname = \"{name}\"\nvip = \"203.0.113.{last}\"\nports = [\"80/tcp\"]\n\
+         vni = 100\nbackend = [{}]\n",
+        backends.join(",")
+    )
+}
+
+fn planner(slots: usize) -> Planner {
+    Planner::new(Settings {
+        maglev_size: Size::new(251).unwrap(),
+        maglev_key: HashKey::from_seed("test"),
+        slots,
+        rest_ms: REST_MS,
+    })
+}
+
+/// What a plan is made from, owned.
+struct World {
+    config: Config,
+    hops: HashMap<IpAddr, HopState>,
+    interfaces: Vec<Interface>,
+    offline: bool,
+}
+
+impl World {
+    /// Two interfaces, and a way to each of the VTEPs by the first.
+    fn new(text: &str, vteps: &[&str]) -> Self {
+        let interface = |number: u8, addresses: &[&str]| Interface {
+            name: format!("eth{number}"),
+            index: Some(LinkIndex(10 + u32::from(number))),
+            mac: MacAddr([2, 0, 0, 0, 1, number]),
+            mtu: 1500,
+            partial_checksums: number == 0,
+            addresses: addresses.iter().map(|address| address.parse().unwrap()).collect(),
+        };
+        let interfaces =
+            vec![interface(0, &["10.0.0.1", "fd00::1", "fe80::1"]), interface(1, &["10.1.0.1"])];
+        let hops = vteps.iter().map(|vtep| (vtep.parse().unwrap(), resolved(vtep))).collect();
+        Self { config: config(text), hops, interfaces, offline: false }
+    }
+
+    fn inputs(&self) -> Inputs<'_> {
+        Inputs {
+            desired: &self.config.desired,
+            hops: &self.hops,
+            next_hops: &self.config.next_hops,
+            interfaces: &self.interfaces,
+            vtep: self.config.node.vtep,
+            vtep6: self.config.node.vtep6,
+            answer_arp: self.config.node.answer_arp,
+            offline: self.offline,
+        }
+    }
+
+    fn plan(&self) -> Plan {
+        planner(16).plan(&self.inputs(), Tick(0)).unwrap()
+    }
+
+    fn set(&mut self, vtep: &str, change: impl FnOnce(&mut Resolved)) {
+        let hop = self.hops.get_mut(&vtep.parse::<IpAddr>().unwrap()).unwrap();
+        let HopState::Resolved(resolved) = hop else { panic!("not resolved") };
+        change(resolved);
+    }
+
+    fn lose(&mut self, vtep: &str) {
+        let reason = format!("{vtep} does not answer");
+        self.hops.insert(vtep.parse().unwrap(), HopState::Unresolved { reason });
+    }
+}
+
+fn resolved(vtep: &str) -> HopState {
+    let v6 = vtep.contains(':');
+    HopState::Resolved(Resolved {
+        link: LinkIndex(10),
+        tags: Vec::new(),
+        src_mac: MacAddr([2, 0, 0, 0, 1, 0]),
+        dst_mac: MacAddr([2, 0, 0, 0, 2, 0]),
+        mtu: 1500,
+        src_ip: if v6 { "fd00::1" } else { "10.0.0.1" }.parse().unwrap(),
+    })
+}
+
+/// The slots, in order of services and backends.
+fn slots(planner: &mut Planner, text: &str, now: u64) -> Result<Vec<Slot>, PlanError> {
+    let world = World::new(text, &["10.0.0.2", "10.0.0.3"]);
+    let plan = planner.plan(&world.inputs(), Tick(now))?;
+    Ok(plan.backends.iter().map(|placement| placement.slot).collect())
+}
+
+/// Whom the plan's first service gives new connections to.
+fn takers(plan: &Plan) -> HashSet<Slot> {
+    let maglev = &plan.forwarding.service(0).unwrap().maglev;
+    (0..10_000_u64).filter_map(|i| maglev.pick(i.wrapping_mul(0x9e37_79b9_7f4a_7c15))).collect()
+}
+
+fn backend(plan: &Plan, at: usize) -> &forwarding::Backend {
+    plan.forwarding.backend(plan.backends[at].slot).unwrap()
+}
+
+/// A packet as a backend's tunnel puts it on the wire.
+fn encapsulated(plan: &Plan, at: usize) -> Vec<u8> {
+    let mut packet = Vec::new();
+    PacketBuilder::ethernet2([6; 6], [4; 6])
+        .ipv4([198, 51, 100, 7], [203, 0, 113, 10], 64)
+        .tcp(40000, 80, 1, 1024)
+        .write(&mut packet, b"hello")
+        .unwrap();
+    let mut pool: Pool = sim::pool(1, 4096);
+    let mut frame = pool.take().unwrap();
+    frame.set_len(packet.len());
+    frame.packet_mut().copy_from_slice(&packet);
+    let flow = parse::flow(&packet).unwrap();
+    encap::vxlan(&mut frame, &flow, &backend(plan, at).template, 7).unwrap();
+    frame.packet().to_vec()
+}
+
+/// Source and destination of the outer IP header.
+fn ends(plan: &Plan, at: usize) -> (IpAddr, IpAddr) {
+    let packet = encapsulated(plan, at);
+    match PacketHeaders::from_ethernet_slice(&packet).unwrap().net.unwrap() {
+        NetHeaders::Ipv4(ip, _) => (ip.source.into(), ip.destination.into()),
+        NetHeaders::Ipv6(ip, _) => (ip.source.into(), ip.destination.into()),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_backend_keeps_its_slot_while_others_come_and_go() {
+    let mut planner = planner(16);
+    assert_eq!(slots(&mut planner, &service("a", &["1", "2", "3"]), 0).unwrap(), [0, 1, 2]);
+    assert_eq!(slots(&mut planner, &service("a", &["3", "4", "1"]), 1).unwrap(), [2, 3, 0]);
+    let two = service("b", &["1"]) + &service("aa", &["3"]);
+    assert!(slots(&mut planner, &two, 2).unwrap().iter().all(|slot| *slot > 3));
+}
+
+#[test]
+fn a_removed_backends_slot_rests_before_another_gets_it() {
+    let mut planner = planner(2);
+    assert_eq!(slots(&mut planner, &service("a", &["1", "2"]), 0).unwrap(), [0, 1]);
+    assert_eq!(slots(&mut planner, &service("a", &["1"]), 1000).unwrap(), [0]);
+    let three = service("a", &["1", "3"]);
+    slots(&mut planner, &three, 1000 + REST_MS - 1).unwrap_err();
+    assert_eq!(slots(&mut planner, &three, 1000 + REST_MS).unwrap(), [0, 1]);
+}
+
+#[test]
+fn a_backend_that_returns_gets_its_own_slot_back() {
+    let mut planner = planner(16);
+    slots(&mut planner, &service("a", &["1", "2"]), 0).unwrap();
+    slots(&mut planner, &service("a", &["2"]), 1).unwrap();
+    assert_eq!(slots(&mut planner, &service("a", &["3", "2", "1"]), 2).unwrap(), [2, 1, 0]);
+}
+
+#[test]
+fn without_a_free_slot_the_error_says_what_to_raise_and_nothing_changes() {
+    let mut planner = planner(2);
+    slots(&mut planner, &service("a", &["1", "2"]), 0).unwrap();
+    slots(&mut planner, &service("a", &["1"]), 1).unwrap();
+    let error = slots(&mut planner, &service("a", &["1", "3"]), 2).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "no slot for backend a/3: 1 in use and 1 resting until connections of removed backends \
+         have expired; restart with limits.backends (2) raised"
+    );
+    assert_eq!(slots(&mut planner, &service("a", &["1", "2"]), 3).unwrap(), [0, 1]);
+}
+
+#[test]
+fn an_unchanged_maglev_table_is_shared_between_plans() {
+    let mut world = World::new(TWO, &["10.0.0.2", "10.0.0.3"]);
+    let mut planner = planner(16);
+    let mut table = |world: &World| {
+        let plan = planner.plan(&world.inputs(), Tick(0)).unwrap();
+        plan.forwarding.service(0).unwrap().maglev.clone()
+    };
+    let first = table(&world);
+    world.set("10.0.0.2", |hop| hop.dst_mac = MacAddr([2, 9, 9, 9, 9, 9]));
+    assert!(Arc::ptr_eq(&first, &table(&world)));
+    world.config.desired.services[0].backends[0].weight = 2;
+    let second = table(&world);
+    assert!(!Arc::ptr_eq(&first, &second));
+    world.lose("10.0.0.3");
+    assert!(!Arc::ptr_eq(&second, &table(&world)));
+}
+
+#[test]
+fn an_unreachable_backend_takes_no_new_connections_while_another_can() {
+    let mut world = World::new(TWO, &["10.0.0.2", "10.0.0.3"]);
+    assert_eq!(takers(&world.plan()), [0, 1].into());
+    world.lose("10.0.0.3");
+    let plan = world.plan();
+    assert_eq!(takers(&plan), [0].into());
+    assert_eq!(plan.backends[1].unreachable.as_deref(), Some("10.0.0.3 does not answer"));
+    assert!(!backend(&plan, 1).reachable && backend(&plan, 0).reachable);
+    world.hops.clear();
+    let plan = world.plan();
+    assert_eq!(takers(&plan), [0, 1].into(), "with none reachable, all are kept");
+    assert_eq!(plan.backends[0].unreachable.as_deref(), Some("10.0.0.2 is still being resolved"));
+}
+
+#[test]
+fn a_reachable_backend_that_drains_is_no_reason_to_leave_out_the_others() {
+    let mut world = World::new(TWO, &["10.0.0.2", "10.0.0.3"]);
+    world.config.desired.services[0].backends[0].weight = 0;
+    world.lose("10.0.0.3");
+    assert_eq!(takers(&world.plan()), [1].into());
+}
+
+#[test]
+fn what_is_steered_are_the_vips_and_their_addresses() {
+    let mut world = World::new(TWO, &[]);
+    let vip = Address::v4([203, 0, 113, 10]);
+    let keys =
+        |arp| BTreeMap::from([((vip, 0, 0), arp), ((vip, 6, 80), false), ((vip, 17, 443), false)]);
+    assert_eq!(world.plan().steer, keys(false));
+    world.config.node.answer_arp = true;
+    assert_eq!(world.plan().steer, keys(true));
+    assert!(world.plan().forwarding.answer_arp());
+}
+
+#[test]
+fn what_fits_is_the_mtu_of_the_way_less_the_tunnel_and_the_backends_own() {
+    for (vtep, path, own, fits) in [
+        ("10.0.0.2", 1500, None, 1450),
+        ("fd00::2", 1500, None, 1430),
+        ("10.0.0.2", 9000, None, 8950),
+        ("10.0.0.2", 1500, Some(1400), 1400),
+        ("10.0.0.2", 1500, Some(9000), 1450),
+        ("10.0.0.2", 40, None, 0),
+        ("10.0.0.2", 1_000_000, None, u16::MAX),
+    ] {
+        let mut world = World::new(&TWO.replace("10.0.0.2", vtep), &[vtep]);
+        world.set(vtep, |hop| hop.mtu = path);
+        world.config.desired.services[0].backends[0].mtu = own;
+        assert_eq!(backend(&world.plan(), 0).mtu, fits, "{vtep} {path} {own:?}");
+    }
+}
+
+#[test]
+fn the_tunnel_starts_where_configured_else_where_the_kernel_says() {
+    let text = TWO.replace("10.0.0.3", "fd00::3");
+    let vteps = ["10.0.0.2", "fd00::3"];
+    let mut world = World::new(&text, &vteps);
+    world.set("10.0.0.2", |hop| hop.src_ip = [10, 0, 0, 77].into());
+    let source = |world: &World, at| ends(&world.plan(), at).0.to_string();
+    assert_eq!((source(&world, 0), source(&world, 1)), ("10.0.0.77".into(), "fd00::1".into()));
+    world.config.node.vtep = Some([10, 0, 0, 88].into());
+    assert_eq!((source(&world, 0), source(&world, 1)), ("10.0.0.88".into(), "fd00::1".into()));
+    world.config.node.vtep6 = Some("fd00::88".parse().unwrap());
+    assert_eq!((source(&world, 0), source(&world, 1)), ("10.0.0.88".into(), "fd00::88".into()));
+}
+
+#[test]
+fn a_next_hop_of_the_configuration_overrules_the_kernels() {
+    let said = "[[next_hop]]\nvtep = \"10.0.0.2\"\nmac = \"02:00:00:00:00:99\"\nmtu = 1400\n";
+    let mut world = World::new(&format!("{TWO}{said}"), &["10.0.0.2"]);
+    world.set("10.0.0.2", |hop| hop.src_ip = [10, 0, 0, 77].into());
+    let plan = world.plan();
+    assert_eq!(encapsulated(&plan, 0)[..12], [2, 0, 0, 0, 0, 0x99, 2, 0, 0, 0, 1, 0]);
+    assert_eq!((backend(&plan, 0).mtu, backend(&plan, 0).link), (1350, 0));
+    assert_eq!(ends(&plan, 0).0, IpAddr::from([10, 0, 0, 77]), "the kernel's choice stays");
+
+    world.config.next_hops[0].interface = Some("eth1".to_owned());
+    let plan = world.plan();
+    assert_eq!(encapsulated(&plan, 0)[6..12], [2, 0, 0, 0, 1, 1]);
+    assert_eq!(backend(&plan, 0).link, 1);
+    assert_eq!(ends(&plan, 0).0, IpAddr::from([10, 1, 0, 1]), "the interface's own");
+
+    world.config.next_hops[0].interface = Some("eth9".to_owned());
+    assert_eq!(
+        world.plan().backends[0].unreachable.as_deref(),
+        Some("next_hop of 10.0.0.2: eth9 is not one of node.interfaces")
+    );
+}
+
+#[test]
+fn without_an_address_to_send_from_a_backend_is_unreachable() {
+    let said =
+        "[[next_hop]]\nvtep = \"fd00::2\"\nmac = \"02:00:00:00:00:99\"\ninterface = \"eth1\"\n";
+    let text = format!("{}{said}", TWO.replace("10.0.0.2", "fd00::2"));
+    let mut world = World::new(&text, &["10.0.0.3"]);
+    let reason = "eth1 has no IPv6 address to send tunnels from: give it one, or set node.vtep6";
+    assert_eq!(world.plan().backends[0].unreachable.as_deref(), Some(reason));
+    assert_eq!(takers(&world.plan()), [1].into());
+    world.config.node.vtep6 = Some("fd00::1".parse().unwrap());
+    assert_eq!(world.plan().backends[0].unreachable, None);
+}
+
+#[test]
+fn a_packet_leaves_by_the_interface_that_the_kernel_routes_by() {
+    let mut world = World::new(TWO, &["10.0.0.2", "10.0.0.3"]);
+    world.set("10.0.0.2", |hop| {
+        (hop.link, hop.tags) = (LinkIndex(11), vec![VlanTag { id: 7, protocol: 0x8100 }]);
+    });
+    world.set("10.0.0.3", |hop| hop.link = LinkIndex(99));
+    let plan = world.plan();
+    assert_eq!(backend(&plan, 0).link, 1);
+    let packet = encapsulated(&plan, 0);
+    let headers = PacketHeaders::from_ethernet_slice(&packet).unwrap();
+    let Some(VlanHeader::Single(tag)) = headers.vlan() else { panic!("{headers:?}") };
+    assert_eq!(tag.vlan_id.value(), 7);
+    assert!(matches!(headers.transport, Some(Udp(udp)) if udp.destination_port == 4789));
+    assert_eq!(
+        plan.backends[1].unreachable.as_deref(),
+        Some("10.0.0.3 is routed by an interface that is not ours")
+    );
+}
+
+#[test]
+fn offline_a_backend_without_a_way_is_sent_to_zero_mac_addresses() {
+    let mut world = World::new(TWO, &[]);
+    world.offline = true;
+    let plan = world.plan();
+    assert!(plan.backends.iter().all(|placement| placement.unreachable.is_none()));
+    assert_eq!(encapsulated(&plan, 0)[..12], [0; 12]);
+    assert_eq!(backend(&plan, 0).mtu, 1450);
+}

@@ -1,0 +1,581 @@
+//! The threads that forward packets: opening their ports, starting them on their cores, and knowing how far
+//! they are.
+
+mod watchdog;
+
+use std::{
+    error::Error,
+    fmt, io,
+    num::NonZeroU32,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use core_affinity::CoreId;
+use dataplane::{
+    connections::{AllocationError, Connections, Reader},
+    counters::{Counters, Event},
+    flow::HashKey,
+    forwarding::Forwarding,
+    port::{
+        BURST,
+        xsk::{self, BindReport, Statistics, XskError, XskPort},
+    },
+    publish::Publisher,
+    steer::{self, Steer, SteerError},
+    time::Tick,
+    wire::ethernet::MacAddr,
+    worker::{Parts, Worker},
+};
+
+use self::watchdog::{TICK_MS, Watchdog, Watched};
+use crate::config::{self, Config, Cores, Idle, MIN_HANG_TIMEOUT_MS, Workers};
+
+/// A sleeping worker wakes this often, to acknowledge snapshots and sweep its table.
+const SLEEP_MS: i32 = 100;
+/// How long it sleeps while frames are still being sent.
+const SLEEP_IN_FLIGHT_MS: i32 = 1;
+/// Frames that are still not sent after so long never will be: their interface is gone.
+const STUCK: Duration = Duration::from_millis(100);
+
+/// A worker that only sleeps, and is looked at only so often, must not seem to hang.
+const _: () = assert!(MIN_HANG_TIMEOUT_MS >= 2 * SLEEP_MS as u32 + TICK_MS);
+
+/// Why workers can't start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// No socket.
+    #[error(transparent)]
+    Xsk(#[from] XskError),
+    /// No steering.
+    #[error(transparent)]
+    Steer(#[from] NotSteered),
+    /// No memory.
+    #[error(transparent)]
+    Connections(#[from] AllocationError),
+    /// A core that is not there.
+    #[error("core {core} is not one this process may run on ({allowed}); see node.cores")]
+    NoCore {
+        /// The core.
+        core: usize,
+        /// Those that are.
+        allowed: String,
+    },
+    /// Nothing to run on.
+    #[error("cannot tell which cores this process may run on")]
+    NoCores,
+    /// More workers than queues.
+    #[error(
+        "{workers} workers, but {interface} has {queues} rx queues, and every worker needs one: lower \
+         node.workers, or raise the queues with `ethtool -L {interface} combined {workers}`"
+    )]
+    TooManyWorkers {
+        /// As configured.
+        workers: usize,
+        /// The interface with the fewest.
+        interface: String,
+        /// How many it has.
+        queues: usize,
+    },
+    /// No thread.
+    #[error("cannot start a worker thread")]
+    Thread(#[from] io::Error),
+}
+
+/// The kernel's or the driver's refusal to steer, with the key that may help.
+#[derive(Debug)]
+pub struct NotSteered(pub SteerError);
+
+impl From<SteerError> for NotSteered {
+    fn from(error: SteerError) -> Self {
+        Self(error)
+    }
+}
+
+impl fmt::Display for NotSteered {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let key = match self.0 {
+            SteerError::Full => " (limits.vips, and restart)",
+            SteerError::Refused { .. } => " (dataplane.xdp_mode)",
+            _ => "",
+        };
+        write!(f, "{}{key}", self.0)
+    }
+}
+
+impl Error for NotSteered {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.0.source()
+    }
+}
+
+/// An interface and how many rx queues it has.
+#[derive(Clone, Debug)]
+pub struct Queues {
+    /// The interface.
+    pub interface: String,
+    /// Its MAC address: what is for other stations stays with the kernel.
+    pub mac: MacAddr,
+    /// Its rx queues in use.
+    pub count: usize,
+}
+
+/// One worker, seen from outside.
+#[derive(Debug)]
+pub struct Handle {
+    /// Where it runs.
+    pub core: usize,
+    /// What it got.
+    pub ports: Vec<BindReport>,
+    /// Its counters.
+    pub counters: Arc<Counters>,
+    /// Its connections.
+    pub connections: Reader,
+    sockets: Vec<Socket>,
+    hung: Arc<AtomicBool>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+/// A queue's socket, for steering.
+#[derive(Clone, Copy, Debug)]
+struct Socket {
+    interface: usize,
+    queue: u32,
+    fd: i32,
+}
+
+/// How far a worker was when asked.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Progress {
+    turns: u64,
+    /// Packets it had received, read before the turns and after them: it goes on meanwhile.
+    received: (u64, u64),
+}
+
+impl Progress {
+    /// Whether its rx rings, of `ring` places, have been emptied of what was in them at `before`: it made
+    /// enough turns for full ones, or one, begun since, that left no packet behind.
+    fn emptied_since(self, before: Self, ring: u32) -> bool {
+        let turns = self.turns.saturating_sub(before.turns);
+        let received = self.received.1.saturating_sub(before.received.0);
+        // One may have been under way.
+        turns >= u64::from(ring) / BURST as u64 + 2 || (turns >= 2 && received < BURST as u64)
+    }
+}
+
+/// All workers and what feeds them.
+pub struct Fleet {
+    /// The workers.
+    pub workers: Vec<Handle>,
+    /// The XDP program of each interface, shared with the watchdog.
+    steers: Arc<Mutex<Vec<Steer>>>,
+    watchdog: Option<Watchdog>,
+    stop: Arc<AtomicBool>,
+    start: Instant,
+    ring: u32,
+}
+
+/// Which queues of each interface each worker owns: queue q belongs to worker q modulo their number, so
+/// worker k owns queue k of every interface, and queues beyond the workers are shared out evenly.
+///
+/// # Errors
+/// If an interface has fewer queues than there are workers: one could not send there.
+pub fn share_out(queues: &[Queues], workers: Workers, cores: usize) -> Result<usize, StartError> {
+    let Some(fewest) = queues.iter().min_by_key(|queues| queues.count) else { return Ok(1) };
+    match workers {
+        Workers::Auto => Ok(fewest.count.min(cores).max(1)),
+        Workers::Count(workers) if workers > fewest.count => Err(StartError::TooManyWorkers {
+            workers,
+            interface: fewest.interface.clone(),
+            queues: fewest.count,
+        }),
+        Workers::Count(workers) => Ok(workers),
+    }
+}
+
+impl Fleet {
+    /// Opens all ports, attaches the XDP programs, which steer nothing yet, and starts the threads.
+    ///
+    /// # Errors
+    /// If the kernel refuses something; nothing of ours is left then.
+    pub fn start(
+        config: &Config,
+        queues: &[Queues],
+        publisher: &mut Publisher<Forwarding>,
+    ) -> Result<Self, StartError> {
+        let cores = cores(&config.node.cores)?;
+        let count = share_out(queues, config.node.workers, cores.len())?;
+        let mode = match config.dataplane.xdp_mode {
+            config::XdpMode::Auto => steer::Mode::Auto,
+            config::XdpMode::Native => steer::Mode::Native,
+            config::XdpMode::Generic => steer::Mode::Generic,
+        };
+        // Twice the VIPs, for each may need an entry for its address.
+        let capacity = config.limits.vips.saturating_mul(2);
+        let mut steers = Vec::with_capacity(queues.len());
+        for queues in queues {
+            let mut steer = Steer::attach(&queues.interface, mode, capacity).map_err(NotSteered)?;
+            steer.set_mac(queues.mac).map_err(NotSteered)?;
+            steers.push(steer);
+        }
+
+        let mut opened = Vec::with_capacity(count);
+        for worker in 0..count {
+            opened.push(open(config, queues, worker, count)?);
+        }
+        let readers: Vec<Reader> = opened.iter().map(|o| o.connections.reader()).collect();
+        let hash_key = HashKey::random();
+        let (stop, start) = (Arc::new(AtomicBool::new(false)), Instant::now());
+        let mut fleet = Self {
+            workers: Vec::new(),
+            steers: Arc::new(Mutex::new(steers)),
+            watchdog: None,
+            stop,
+            start,
+            ring: config.dataplane.rings().rx,
+        };
+        for (id, opened) in opened.into_iter().enumerate() {
+            let core = cores[id % cores.len()];
+            let counters = Arc::new(Counters::new(config.limits.backends as usize));
+            let connections = opened.connections.reader();
+            let peers = others(&readers, id);
+            let worker = Worker::new(Parts {
+                links: opened.sockets.iter().map(|socket| socket.interface).collect(),
+                ports: opened.ports,
+                pool: opened.pool,
+                connections: opened.connections,
+                peers,
+                published: publisher.subscribe(),
+                counters: counters.clone(),
+                hash_key,
+                icmp_errors_per_s: config.dataplane.icmp_errors_per_s,
+            });
+            let stop = fleet.stop.clone();
+            let spin = match config.dataplane.idle {
+                Idle::BusyPoll => Duration::MAX,
+                Idle::SpinThenSleep => Duration::from_micros(config.dataplane.idle_spin_us.into()),
+                Idle::Sleep => Duration::ZERO,
+            };
+            let body = move || {
+                if !core_affinity::set_for_current(core) {
+                    tracing::warn!(
+                        worker = id,
+                        core = core.id,
+                        "cannot pin the worker to its core"
+                    );
+                }
+                run(worker, spin, start, &stop);
+            };
+            let thread = thread::Builder::new().name(format!("worker-{id}")).spawn(body)?;
+            fleet.workers.push(Handle {
+                core: core.id,
+                ports: opened.reports,
+                counters,
+                connections,
+                sockets: opened.sockets,
+                hung: Arc::default(),
+                thread: Some(thread),
+            });
+        }
+        fleet.feed().map_err(NotSteered)?;
+        let timeout = Duration::from_millis(config.dataplane.hang_timeout_ms.into());
+        fleet.watchdog = Some(Watchdog::start(fleet.watched(), fleet.steers.clone(), timeout)?);
+        Ok(fleet)
+    }
+
+    /// Moves the calling thread, control's, to a core without a worker, if there is one.
+    pub fn leave_cores_to_workers(&self) {
+        let taken = |core: &CoreId| self.workers.iter().any(|worker| worker.core == core.id);
+        let cores = core_affinity::get_core_ids().unwrap_or_default();
+        if let Some(free) = cores.into_iter().rev().find(|core| !taken(core)) {
+            core_affinity::set_for_current(free);
+        }
+    }
+
+    /// What time it is for the workers.
+    pub fn now(&self) -> Tick {
+        tick(self.start)
+    }
+
+    /// Hands all workers their queues' packets.
+    fn feed(&self) -> Result<(), SteerError> {
+        let mut steers = self.steers();
+        for socket in self.workers.iter().flat_map(|worker| &worker.sockets) {
+            steers[socket.interface].set_socket(socket.queue, socket.fd)?;
+        }
+        Ok(())
+    }
+
+    fn watched(&self) -> Vec<Watched> {
+        let watched = |(worker, handle): (usize, &Handle)| Watched {
+            worker,
+            counters: handle.counters.clone(),
+            sockets: handle.sockets.clone(),
+            hung: handle.hung.clone(),
+        };
+        self.workers.iter().enumerate().map(watched).collect()
+    }
+
+    /// The XDP program of each interface. Not to be held for long: the watchdog waits for it.
+    pub fn steers(&self) -> MutexGuard<'_, Vec<Steer>> {
+        lock(&self.steers)
+    }
+
+    /// What the kernel had to throw away at each of a worker's ports; `None` where it does not tell.
+    pub fn losses(&self, worker: usize) -> impl Iterator<Item = Option<Statistics>> + '_ {
+        self.workers[worker].sockets.iter().map(|socket| xsk::statistics(socket.fd).ok())
+    }
+
+    /// Whether this worker hangs.
+    pub fn hung(&self, worker: usize) -> bool {
+        self.workers[worker].hung.load(Ordering::Relaxed)
+    }
+
+    /// How far each worker is.
+    pub fn progress(&self) -> Vec<Progress> {
+        let progress = |worker: &Handle| {
+            let received = || worker.counters.events(Event::RxPackets);
+            let before = received();
+            let turns = worker.counters.turns();
+            Progress { turns, received: (before, received()) }
+        };
+        self.workers.iter().map(progress).collect()
+    }
+
+    /// Whether all workers that do not hang have begun and ended a turn since `before`.
+    pub fn turned_since(&self, before: &[Progress]) -> bool {
+        let mut both = self.progress().into_iter().zip(before).enumerate();
+        both.all(|(id, (now, before))| self.hung(id) || now.turns >= before.turns + 2)
+    }
+
+    /// Notes in `emptied` which workers have taken what was in their rx rings at `before`, which moves on
+    /// with them. Says whether all have that do not hang.
+    pub fn emptied_since(
+        &self,
+        first: &[Progress],
+        last: &mut [Progress],
+        emptied: &mut [bool],
+    ) -> bool {
+        for (id, now) in self.progress().into_iter().enumerate() {
+            let since = |before| now.emptied_since(before, self.ring);
+            emptied[id] |= since(first[id]) || since(last[id]);
+            if now.turns >= last[id].turns + 2 {
+                last[id] = now;
+            }
+        }
+        emptied.iter().enumerate().all(|(id, emptied)| *emptied || self.hung(id))
+    }
+}
+
+/// Also one that a panicking thread had: what it guards is changed by single map updates.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Drop for Fleet {
+    fn drop(&mut self) {
+        // The kernel gets the packets first; then the workers end.
+        drop(self.watchdog.take());
+        self.steers().clear();
+        self.stop.store(true, Ordering::Relaxed);
+        for worker in &mut self.workers {
+            let hung = worker.hung.load(Ordering::Relaxed);
+            if let Some(thread) = worker.thread.take().filter(|_| !hung) {
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+/// What a worker is given, before it runs.
+struct Opened {
+    ports: Vec<XskPort>,
+    sockets: Vec<Socket>,
+    reports: Vec<BindReport>,
+    pool: dataplane::port::Pool,
+    connections: Connections,
+}
+
+fn open(
+    config: &Config,
+    queues: &[Queues],
+    worker: usize,
+    workers: usize,
+) -> Result<Opened, StartError> {
+    let owned: Vec<(usize, &str, u32)> = queues
+        .iter()
+        .enumerate()
+        .flat_map(|(interface, queues)| {
+            let own = (worker..queues.count).step_by(workers);
+            own.map(move |queue| (interface, queues.interface.as_str(), queue as u32))
+        })
+        .collect();
+    let dataplane = &config.dataplane;
+    let frames = dataplane.frames_per_queue.saturating_mul(owned.len() as u32);
+    let rings = dataplane.rings();
+    let settings = xsk::Settings {
+        frame_count: NonZeroU32::new(frames).unwrap_or(NonZeroU32::MIN),
+        frame_size: dataplane.frame_size_bytes,
+        rx_ring: rings.rx,
+        tx_ring: rings.tx,
+        fill_ring: rings.fill,
+        completion_ring: rings.completion,
+        huge_pages: match dataplane.huge_pages {
+            config::HugePages::Auto => xsk::HugePages::Auto,
+            config::HugePages::Never => xsk::HugePages::Never,
+            config::HugePages::Require => xsk::HugePages::Require,
+        },
+        copy: match dataplane.copy_mode {
+            config::CopyMode::Auto => xsk::CopyMode::Auto,
+            config::CopyMode::ZeroCopy => xsk::CopyMode::ZeroCopy,
+            config::CopyMode::Copy => xsk::CopyMode::Copy,
+        },
+        need_wakeup: dataplane.need_wakeup,
+        fill_batch: dataplane.fill_batch,
+        tx_budget: dataplane.tx_budget,
+        busy_poll: (dataplane.busy_poll_us > 0).then_some(xsk::BusyPoll {
+            time_us: dataplane.busy_poll_us,
+            budget: dataplane.busy_poll_budget,
+            prefer: dataplane.prefer_busy_poll,
+        }),
+    };
+    let names: Vec<(&str, u32)> = owned.iter().map(|(_, name, queue)| (*name, *queue)).collect();
+    let (ports, pool, reports) = xsk::open(&settings, &names)?;
+    let sockets = owned
+        .iter()
+        .zip(&ports)
+        .map(|((interface, _, queue), port)| Socket {
+            interface: *interface,
+            queue: *queue,
+            fd: port.fd(),
+        })
+        .collect();
+    let capacity = config.connections.capacity as usize;
+    let connections = Connections::new(capacity, &config.connections.timeouts())?;
+    Ok(Opened { ports, sockets, reports, pool, connections })
+}
+
+/// Where workers may run, in order.
+fn cores(wanted: &Cores) -> Result<Vec<CoreId>, StartError> {
+    let allowed = core_affinity::get_core_ids().filter(|ids| !ids.is_empty());
+    let allowed = allowed.ok_or(StartError::NoCores)?;
+    let Cores::List(list) = wanted else { return Ok(allowed) };
+    list.iter()
+        .map(|core| {
+            allowed.iter().find(|id| id.id == *core).copied().ok_or_else(|| StartError::NoCore {
+                core: *core,
+                allowed: allowed.iter().map(|id| id.id.to_string()).collect::<Vec<_>>().join(", "),
+            })
+        })
+        .collect()
+}
+
+fn others(readers: &[Reader], own: usize) -> Vec<Reader> {
+    readers.iter().enumerate().filter(|(id, _)| *id != own).map(|(_, reader)| *reader).collect()
+}
+
+fn tick(start: Instant) -> Tick {
+    Tick(start.elapsed().as_millis() as u64)
+}
+
+/// How long a worker sleeps.
+#[derive(Debug)]
+struct Rest {
+    in_flight: usize,
+    since: Instant,
+}
+
+impl Rest {
+    /// Briefly while frames are being sent. But a port whose interface is gone never gives them back: once
+    /// their number has stood still for a while, as long as without any.
+    fn timeout_ms(&mut self, in_flight: usize, now: Instant) -> i32 {
+        if in_flight != self.in_flight {
+            *self = Self { in_flight, since: now };
+        }
+        let moving = in_flight > 0 && now - self.since < STUCK;
+        if moving { SLEEP_IN_FLIGHT_MS } else { SLEEP_MS }
+    }
+}
+
+/// A worker's life: turn, and when there is nothing to do for `spin`, sleep.
+fn run(mut worker: Worker<XskPort>, spin: Duration, start: Instant, stop: &AtomicBool) {
+    worker.prepare();
+    let mut busy = Instant::now();
+    let mut rest = Rest { in_flight: 0, since: busy };
+    while !stop.load(Ordering::Relaxed) {
+        let received = worker.turn(tick(start));
+        if received > 0 {
+            busy = Instant::now();
+        } else if busy.elapsed() >= spin {
+            let timeout = rest.timeout_ms(worker.in_flight(), Instant::now());
+            // A poll that fails (no memory) makes the worker spin, which is right.
+            let _ = xsk::wait(worker.ports(), timeout);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn queues(counts: &[usize]) -> Vec<Queues> {
+        let queues = |(i, count): (usize, &usize)| Queues {
+            interface: format!("eth{i}"),
+            mac: MacAddr::default(),
+            count: *count,
+        };
+        counts.iter().enumerate().map(queues).collect()
+    }
+
+    #[test]
+    fn there_are_as_many_workers_as_queues_but_never_more_than_cores() {
+        for (counts, cores, workers) in
+            [(&[8][..], 4, 4), (&[2], 4, 2), (&[8, 2], 4, 2), (&[1], 1, 1)]
+        {
+            assert_eq!(share_out(&queues(counts), Workers::Auto, cores).unwrap(), workers);
+        }
+    }
+
+    #[test]
+    fn frames_that_are_never_sent_do_not_keep_a_worker_awake() {
+        let start = Instant::now();
+        let mut rest = Rest { in_flight: 0, since: start };
+        let mut timeout_ms =
+            |in_flight, ms| rest.timeout_ms(in_flight, start + Duration::from_millis(ms));
+        assert_eq!(timeout_ms(0, 0), SLEEP_MS);
+        assert_eq!([timeout_ms(8, 500), timeout_ms(8, 599)], [SLEEP_IN_FLIGHT_MS; 2]);
+        assert_eq!(timeout_ms(7, 610), SLEEP_IN_FLIGHT_MS, "some were sent");
+        assert_eq!([timeout_ms(7, 710), timeout_ms(7, 9000)], [SLEEP_MS; 2]);
+    }
+
+    #[test]
+    fn a_ring_is_empty_after_a_turn_that_left_nothing_or_as_many_as_a_full_one_takes() {
+        let at = |turns, received| Progress { turns, received: (received, received) };
+        let emptied = |turns, received| at(turns, received).emptied_since(at(10, 1000), 2048);
+        assert!(!emptied(11, 1000), "it may have begun before");
+        assert!(emptied(12, 1063));
+        assert!(!emptied(12, 1128) && !emptied(43, 3000), "full bursts: there may be more");
+        assert!(emptied(44, 3176));
+    }
+
+    #[test]
+    fn a_refusal_to_steer_names_the_key() {
+        assert!(NotSteered(SteerError::Full).to_string().contains("limits.vips"));
+        let refused = SteerError::Refused {
+            interface: "eth0".into(),
+            mode: "native",
+            reason: "Operation not supported".into(),
+        };
+        assert!(NotSteered(refused).to_string().contains("dataplane.xdp_mode"));
+    }
+
+    #[test]
+    fn more_workers_than_queues_are_refused_with_the_remedy() {
+        let error = share_out(&queues(&[8, 2]), Workers::Count(4), 8).unwrap_err();
+        assert!(error.to_string().contains("ethtool -L eth1 combined 4"), "{error}");
+    }
+}
