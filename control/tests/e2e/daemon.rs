@@ -1,0 +1,140 @@
+//! The daemon under test, on one of the lab's nodes.
+
+use std::{
+    fs::{self, File},
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    thread,
+    time::Duration,
+};
+
+use serde_json::Value;
+
+use crate::lab::{Lab, bounded, signal, wait_until};
+
+/// The binary that cargo built for this test run.
+pub const WIREMESH: &str = env!("CARGO_BIN_EXE_wiremesh");
+
+/// A running daemon; ended when dropped.
+pub struct Daemon {
+    child: Child,
+    socket: PathBuf,
+    log: PathBuf,
+}
+
+impl Daemon {
+    /// Starts it with the lab's config for this node, and waits until it is ready.
+    pub fn start(lab: &Lab, node: &str) -> Self {
+        Self::start_by(lab, node, &[])
+    }
+
+    /// The same by a command that becomes the daemon it is given.
+    pub fn start_by(lab: &Lab, node: &str, by: &[&str]) -> Self {
+        let (config, log) = (lab.file(&format!("{node}.toml")), lab.file(&format!("{node}.log")));
+        let child = Command::new("ip")
+            .args(["netns", "exec", &lab.namespace(node)])
+            .args(by)
+            .args([WIREMESH, "run", "-c"])
+            .arg(config)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::options().create(true).append(true).open(&log).unwrap())
+            .spawn()
+            .unwrap();
+        let mut daemon = Self { child, socket: lab.file(&format!("{node}.sock")), log };
+        wait_until("the daemon is ready", 30, || {
+            let ended = daemon.child.try_wait().unwrap();
+            assert!(ended.is_none(), "the daemon ended with {ended:?}");
+            daemon.try_status().is_some_and(|status| status["ready"] == true)
+        });
+        daemon
+    }
+
+    /// One on each of these nodes.
+    pub fn start_all<const N: usize>(lab: &Lab, nodes: [&str; N]) -> [Self; N] {
+        nodes.map(|node| Self::start(lab, node))
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> String {
+        self.child.id().to_string()
+    }
+
+    /// What `wiremesh status --json` says.
+    pub fn status(&self) -> Value {
+        self.try_status().expect("a ready daemon answers")
+    }
+
+    fn try_status(&self) -> Option<Value> {
+        let socket = self.socket.to_str()?;
+        let output =
+            bounded(WIREMESH).args(["status", "--socket", socket, "--json"]).output().unwrap();
+        serde_json::from_slice(&output.stdout).ok()
+    }
+
+    /// One of the workers' counters, summed.
+    pub fn counter(&self, name: &str) -> u64 {
+        let status = self.status();
+        let workers = status["workers"].as_array().unwrap();
+        workers.iter().map(|worker| worker["counters"][name].as_u64().unwrap_or(0)).sum()
+    }
+
+    /// Waits until the daemon works with this weight for this backend; `None`: without it.
+    pub fn wait_for_weight(&self, backend: &str, weight: Option<u16>) {
+        wait_until(&format!("the weight of {backend} is {weight:?}"), 10, || {
+            let status = self.status();
+            let services = status["services"].as_array().unwrap();
+            services.iter().all(|service| {
+                let backends = service["backends"].as_array().unwrap();
+                let found = backends.iter().find(|found| found["name"] == backend);
+                found.map(|found| found["weight"].clone()) == weight.map(Value::from)
+            })
+        });
+    }
+
+    /// Everything it has logged.
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap()
+    }
+
+    /// SIGHUP: read the config again.
+    pub fn reload(&self) {
+        signal(&self.child, "HUP");
+    }
+
+    /// The death that leaves no time to clean up.
+    pub fn kill_9(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// SIGTERM; it must end by itself, and well.
+    pub fn terminate(mut self) {
+        signal(&self.child, "TERM");
+        wait_until("the daemon has ended", 10, || self.child.try_wait().unwrap().is_some());
+        let status = self.child.wait().unwrap();
+        assert!(status.success(), "SIGTERM: {status}");
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            // Printed with the test's failure.
+            println!(
+                "--- {}\n{}",
+                self.log.display(),
+                fs::read_to_string(&self.log).unwrap_or_default()
+            );
+        }
+        signal(&self.child, "TERM");
+        for _ in 0..100 {
+            match self.child.try_wait() {
+                Ok(None) => thread::sleep(Duration::from_millis(50)),
+                _ => return,
+            }
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
