@@ -506,8 +506,7 @@ pub fn planner(config: &Config) -> Planner {
 fn vteps(config: &Config) -> BTreeSet<IpAddr> {
     let said = config.next_hops.iter().filter(|hop| hop.interface.is_some());
     let said: BTreeSet<IpAddr> = said.map(|hop| hop.vtep).collect();
-    let services = config.desired.services.iter();
-    let vteps = services.flat_map(|service| service.backends.iter().map(|backend| backend.vtep));
+    let vteps = config.desired.backends().map(|(_, backend)| backend.vtep);
     vteps.filter(|vtep| !said.contains(vtep)).collect()
 }
 

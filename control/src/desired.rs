@@ -12,6 +12,14 @@ pub struct Desired {
     pub services: Vec<Service>,
 }
 
+impl Desired {
+    /// All backends with their services, in the order of a plan's placements.
+    pub fn backends<'a>(&'a self) -> impl Iterator<Item = (&'a Service, &'a Backend)> {
+        let of = |service: &'a Service| service.backends.iter().map(move |b| (service, b));
+        self.services.iter().flat_map(of)
+    }
+}
+
 /// A transport protocol a service can be published on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Protocol {

@@ -137,9 +137,9 @@ pub fn explain(
             });
         }
     };
-    let services = config.desired.services.iter();
-    let all = services.flat_map(|service| service.backends.iter().map(move |b| (service, b)));
-    let (service, backend) = all
+    let (service, backend) = config
+        .desired
+        .backends()
         .zip(&offline.backends)
         .find(|(_, placement)| placement.slot == selected.slot)
         .map(|(both, _)| both)

@@ -236,11 +236,8 @@ struct Slots {
 impl Slots {
     /// Lets the slots of backends that are wanted no more rest, and frees those that have.
     fn keep_only(&mut self, desired: &Desired, now: Tick) {
-        let wanted: HashSet<(&str, &str)> = desired
-            .services
-            .iter()
-            .flat_map(|s| s.backends.iter().map(|b| (s.name.as_str(), b.name.as_str())))
-            .collect();
+        let wanted: HashSet<(&str, &str)> =
+            desired.backends().map(|(s, b)| (s.name.as_str(), b.name.as_str())).collect();
         let resting = &mut self.resting;
         self.taken.retain(|identity, slot| {
             let keep = wanted.contains(&(identity.0.as_str(), identity.1.as_str()));

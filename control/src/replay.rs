@@ -291,7 +291,7 @@ impl Rig {
     }
 
     fn outcome(&self, config: &Config, end: End) -> Outcome {
-        let all = backends(config).zip(&self.placements);
+        let all = config.desired.backends().zip(&self.placements);
         let share = |((service, backend), placement): ((&Service, &Backend), &Placement)| {
             let (packets, bytes) = self.counters.backend(placement.slot as usize);
             let (service, vtep) = (service.name.clone(), backend.vtep);
@@ -312,12 +312,6 @@ impl Rig {
             drops: drops(std::iter::once(&*self.counters)),
         }
     }
-}
-
-/// All backends with their services, in the order of a plan's placements.
-fn backends(config: &Config) -> impl Iterator<Item = (&Service, &Backend)> {
-    let services = config.desired.services.iter();
-    services.flat_map(|service| service.backends.iter().map(move |backend| (service, backend)))
 }
 
 #[cfg(test)]

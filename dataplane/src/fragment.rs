@@ -4,7 +4,7 @@
 use crate::{
     flow::Flow,
     port::{Frame, Pool},
-    wire::{checksum::Sum, ipv4},
+    wire::ipv4,
 };
 
 /// More fragments than this are not worth making: the sender should learn its MTU.
@@ -66,9 +66,7 @@ fn finish(packet: &mut [u8], flow: &Flow, at: usize, len: usize, more: bool) -> 
     let more = if more { ipv4::MORE_FRAGMENTS } else { 0 };
     header[2..4].copy_from_slice(&ip_len.to_be_bytes());
     header[6..8].copy_from_slice(&(more | (at / 8) as u16).to_be_bytes());
-    header[10..12].fill(0);
-    let checksum = Sum::default().add_bytes(header).checksum();
-    header[10..12].copy_from_slice(&checksum.to_be_bytes());
+    ipv4::seal(header);
     // No transport checksum covers a fragment alone: the outer one must be computed in full.
     Flow { ip_len, protocol: 0, ..*flow }
 }

@@ -37,7 +37,7 @@ pub fn echo(frame: &mut Frame, flow: &Flow, own: MacAddr) {
     } else {
         swap(&mut ip[12..20]);
         ip[8] = TTL;
-        seal_ipv4(ip);
+        ipv4::seal(ip);
         (icmp::v4::ECHO_REQUEST, icmp::v4::ECHO_REPLY)
     };
     l4[0] = reply;
@@ -156,13 +156,6 @@ fn swap(addresses: &mut [u8]) {
     src.swap_with_slice(dst);
 }
 
-/// Writes the checksum of an IPv4 header.
-fn seal_ipv4(header: &mut [u8]) {
-    header[10..12].fill(0);
-    let checksum = Sum::default().add_bytes(header).checksum();
-    header[10..12].copy_from_slice(&checksum.to_be_bytes());
-}
-
 fn write_ipv4(bytes: &mut [u8], payload_len: usize, src: Address, dst: Address) {
     let mut header = ipv4::Header::new_zeroed();
     header.version_ihl = ipv4::VERSION_IHL;
@@ -173,7 +166,7 @@ fn write_ipv4(bytes: &mut [u8], payload_len: usize, src: Address, dst: Address) 
     header.src = src.as_v4().unwrap_or_default();
     header.dst = dst.as_v4().unwrap_or_default();
     bytes.copy_from_slice(header.as_bytes());
-    seal_ipv4(bytes);
+    ipv4::seal(bytes);
 }
 
 fn write_ipv6(bytes: &mut [u8], payload_len: usize, src: Address, dst: Address, hop_limit: u8) {

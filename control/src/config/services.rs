@@ -3,7 +3,7 @@
 
 use std::{collections::HashMap, net::IpAddr, ops::RangeInclusive};
 
-use dataplane::wire::ethernet::MacAddr;
+use dataplane::wire::{ethernet::MacAddr, vxlan};
 use toml::Spanned;
 
 use super::{
@@ -14,8 +14,6 @@ use super::{
 };
 use crate::desired::{Backend, Desired, Mode, Protocol, Service, ServicePort, Vni};
 
-/// The UDP port of VXLAN, RFC 7348 section 5.
-const VXLAN_PORT: u16 = 4789;
 /// Largest share of new connections that one backend can have.
 const MAX_WEIGHT: u16 = 1000;
 /// What every IPv4 host has to be able to receive, RFC 791 section 3.1.
@@ -143,7 +141,7 @@ fn backends(
 ) -> Vec<Backend> {
     let defaults = Defaults {
         vni: service.vni.as_ref().map(|key| vni(key, report)),
-        port: port("vxlan_port", &service.vxlan_port, VXLAN_PORT, report),
+        port: port("vxlan_port", &service.vxlan_port, vxlan::PORT, report),
         mtu: mtu(&service.mtu, vip, report),
         udp_checksum: service.udp_checksum,
         vip,

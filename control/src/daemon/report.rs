@@ -136,8 +136,7 @@ impl Daemon {
     /// Says which backends became unreachable or reachable.
     pub(super) fn log_unreachable(&self, before: &[Placement]) {
         let before: HashMap<Slot, &Placement> = before.iter().map(|was| (was.slot, was)).collect();
-        let services = self.config.desired.services.iter();
-        let names = services.flat_map(|s| s.backends.iter().map(move |b| (&s.name, &b.name)));
+        let names = self.config.desired.backends().map(|(s, b)| (&s.name, &b.name));
         for ((service, backend), placement) in names.zip(&self.backends) {
             let was = before.get(&placement.slot);
             let was = was.and_then(|was| was.unreachable.as_ref());

@@ -40,9 +40,6 @@ pub const QINQ: u16 = 0x88a8;
 pub struct MacAddr(pub [u8; 6]);
 
 impl MacAddr {
-    /// `ff:ff:ff:ff:ff:ff`.
-    pub const BROADCAST: Self = Self([0xff; 6]);
-
     /// Whether a station can have this address: neither zero nor a group address.
     pub fn is_unicast(self) -> bool {
         self.0 != [0; 6] && self.0[0] & 1 == 0

@@ -14,10 +14,6 @@ pub mod v4 {
     /// Code of [`DESTINATION_UNREACHABLE`]: the packet is too big and may not be fragmented. The
     /// last two bytes of the header hold the next hop's MTU, RFC 1191 section 4.
     pub const FRAGMENTATION_NEEDED: u8 = 4;
-    /// Type: an error, deprecated by RFC 6633.
-    pub const SOURCE_QUENCH: u8 = 4;
-    /// Type: an error by RFC 1122 section 3.2.2; a better first hop.
-    pub const REDIRECT: u8 = 5;
     /// Type: a ping.
     pub const ECHO_REQUEST: u8 = 8;
     /// Type: an error; the TTL ran out.

@@ -2,6 +2,8 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned, big_endian::U16};
 
+use super::checksum::Sum;
+
 /// Bytes of a header without options.
 pub const LEN: usize = 20;
 /// [`Header::version_ihl`] of a header without options.
@@ -59,6 +61,16 @@ impl Header {
     pub fn is_fragment(&self) -> bool {
         self.flags_fragment.get() & (MORE_FRAGMENTS | FRAGMENT_OFFSET) != 0
     }
+}
+
+/// Writes the checksum of a header, options included, RFC 791 section 3.1.
+///
+/// # Panics
+/// If `header` is shorter than [`LEN`].
+pub fn seal(header: &mut [u8]) {
+    header[10..12].fill(0);
+    let checksum = Sum::default().add_bytes(header).checksum();
+    header[10..12].copy_from_slice(&checksum.to_be_bytes());
 }
 
 #[cfg(test)]

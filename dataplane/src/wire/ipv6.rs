@@ -16,8 +16,6 @@ pub const ROUTING: u8 = 43;
 pub const FRAGMENT: u8 = 44;
 /// Next header: authentication, RFC 4302 section 2. Its length counts other units than the others'.
 pub const AUTHENTICATION: u8 = 51;
-/// Next header: nothing follows, RFC 8200 section 4.7.
-pub const NO_NEXT_HEADER: u8 = 59;
 /// Next header: destination options, RFC 8200 section 4.6.
 pub const DESTINATION_OPTIONS: u8 = 60;
 
