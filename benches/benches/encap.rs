@@ -34,7 +34,7 @@ fn encap(criterion: &mut Criterion) {
         let packet = Packet::new(family, transport, len);
         let flow = parse::flow(packet.bytes()).expect("the packet is whole");
         let template = snapshot::template(1, family, underlay);
-        let (memory, _) = memory::leak(FRAMES * CHUNK_BYTES);
+        let memory = memory::leak(FRAMES * CHUNK_BYTES);
         let mut frames: Vec<Frame> = (0..)
             .zip(memory.chunks_exact_mut(CHUNK_BYTES))
             .map(|(index, chunk)| {

@@ -64,12 +64,7 @@ impl Table {
         for (_, hash) in burst {
             self.connections.prefetch(*hash);
         }
-        let mut context = Context {
-            connections: &mut self.connections,
-            peers: &[],
-            counters: &self.counters,
-            now: self.now,
-        };
+        let mut context = Context::new(&mut self.connections, &[], &self.counters, self.now);
         for (flow, hash) in burst {
             let selected = select(flow, *hash, &self.forwarding, &mut context);
             black_box(selected.map(|selected| selected.slot)).expect("there is a backend");

@@ -2,36 +2,53 @@
 //!
 //! ```text
 //! turns turn/established/1M 1000
-//! valgrind --tool=callgrind --toggle-collect='*Rig::turn*' turns turn/established/64Ki 4
+//! valgrind --tool=callgrind --toggle-collect='*Rig::turn*' --zero-before='*turns::rotate*' \
+//!     turns --shrunk turn/established/1M 2
 //! ```
+//!
+//! The second counts instructions; `scripts/bench-turn --instructions` does that for all cases.
 
-use std::{env, time::Duration};
+use std::{env, process, time::Duration};
 
 use benches::{
-    case::Case,
-    rig::{ROTATION, Rig},
+    case::{BURSTS, Case},
+    rig::Rig,
+    rotation::{ROTATION, Rotate},
 };
 
+const USAGE: &str = "usage: turns [--shrunk] CASE [ROTATIONS [BURST]]
+  --shrunk   with a small connection table and few connections: quick to set up, and all else alike
+  BURST      packets that come at once: a power of two of at most 64
+cases:";
+
 fn main() {
-    let mut args = env::args().skip(1);
-    let name = args.next();
-    let case = Case::all().into_iter().find(|case| Some(case.name) == name.as_deref());
-    let rotations = args.next().map_or(Some(100), |arg| arg.parse().ok());
-    let (Some(case), Some(rotations)) = (case, rotations) else {
-        eprintln!("usage: turns CASE [ROTATIONS]");
-        for case in Case::all() {
-            eprintln!("  {}", case.name);
-        }
-        std::process::exit(2);
+    let mut args: Vec<_> = env::args().skip(1).collect();
+    let shrunk = args.first().is_some_and(|arg| arg == "--shrunk");
+    let mut args = args.drain(usize::from(shrunk)..);
+    let case = args.next().and_then(|name| Case::named(&name));
+    let mut number = |default| args.next().map_or(Some(default), |arg| arg.parse().ok());
+    let (rotations, burst) = (number(100), number(BURSTS[0]));
+    let (Some(case), Some(rotations), Some(burst)) = (case, rotations, burst) else {
+        eprintln!("{USAGE}");
+        Case::all().iter().for_each(|case| eprintln!("  {}", case.name));
+        process::exit(2);
     };
     benches::pin();
+    let case = if shrunk { case.shrunk() } else { case };
     let mut rig = Rig::new(&case);
-    let spent: Duration = (0..rotations).map(|_| rig.rotation()).sum();
-    let packets = rotations as f64 * ROTATION as f64;
+    let spent = rotate(&mut rig, rotations, burst);
+    let packets = rotations * ROTATION;
     println!(
-        "{}: {:.1} ns/packet, on {:?}",
+        "{}: {packets} packets, {:.1} ns each, table on {}, frames on {}",
         case.name,
-        spent.as_nanos() as f64 / packets,
-        rig.pages
+        spent.as_nanos() as f64 / packets as f64,
+        rig.table,
+        rig.frames,
     );
+}
+
+/// What a profiler is to look at: all before is setting up.
+#[inline(never)]
+fn rotate(rig: &mut Rig, rotations: usize, burst: usize) -> Duration {
+    (0..rotations).map(|_| rig.rotation(burst)).sum()
 }

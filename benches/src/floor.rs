@@ -1,8 +1,11 @@
 //! The floor: what memory alone costs, however clever the program.
 //!
 //! The same bursts over the same footprint, with the same prefetches, and no work: each packet's first
-//! bytes are read, a random line of the table is read, and an outer header is written in front. What a turn
-//! costs beyond that is ours.
+//! bytes, which its line of the table is told by, are read, that line is read, and an outer header's length
+//! is written in front. What a turn costs beyond that is ours.
+//!
+//! It reads only, where a turn with new connections also writes to the table; and of the frame it touches
+//! what every turn has to touch. It has no rings.
 
 use std::{
     hint::black_box,
@@ -12,9 +15,8 @@ use std::{
 use dataplane::{port::HEADROOM, prefetch::prefetch};
 
 use crate::{
-    case::Case,
     memory,
-    rig::{CHUNK_BYTES, ROTATION},
+    rotation::{FRAMES, ROTATION, Rotate, chunks},
 };
 
 const LINE: usize = 64;
@@ -24,54 +26,39 @@ const HEADER: usize = 50;
 
 /// Memory as a worker would use it.
 pub struct Floor {
-    table: &'static mut [[u8; LINE]],
-    frames: &'static mut [[u8; CHUNK_BYTES]],
+    table: &'static [[u8; LINE]],
+    frames: Vec<&'static mut [u8]>,
+    /// The first frame of the next rotation.
+    next: usize,
     frame_bytes: usize,
-    burst: usize,
     random: fastrand::Rng,
 }
 
 impl Floor {
-    /// The floor of this case.
-    pub fn new(case: &Case) -> Self {
-        let (table, _) = memory::leak((case.capacity() * 8).max(LINE));
-        let (frames, _) = memory::leak(ROTATION * CHUNK_BYTES);
+    /// The floor of a worker with a table of so many bytes, for packets of so many.
+    pub fn new(table_bytes: usize, frame_bytes: usize) -> Self {
         Self {
-            table: table.as_chunks_mut().0,
-            frames: frames.as_chunks_mut().0,
-            frame_bytes: case.frame_bytes,
-            burst: case.burst,
+            table: memory::leak(table_bytes).as_chunks().0,
+            frames: chunks(),
+            next: 0,
+            frame_bytes,
             random: fastrand::Rng::with_seed(1),
         }
     }
 
-    /// Touches what [`ROTATION`] packets would, and tells how long that took. Writing the packets is not
-    /// timed; each burst's time includes one reading of the clock.
-    pub fn rotation(&mut self) -> Duration {
-        for frame in self.frames.iter_mut() {
-            let line = self.random.usize(..self.table.len()) as u64;
-            let packet = &mut frame[HEADROOM..HEADROOM + self.frame_bytes];
-            packet.fill(0x5a);
-            packet[..8].copy_from_slice(&line.to_ne_bytes());
-        }
-        let mut spent = Duration::ZERO;
-        for first in (0..ROTATION).step_by(self.burst) {
-            let start = Instant::now();
-            self.touch(first);
-            spent += start.elapsed();
-        }
-        spent
+    /// The frame after so many others of this rotation.
+    fn frame(&self, after: usize) -> usize {
+        (self.next + after) % FRAMES
     }
 
     #[inline(never)]
-    fn touch(&mut self, first: usize) {
-        let frames = &mut self.frames[first..][..self.burst];
+    fn touch(&mut self, first: usize, burst: usize) {
+        let frames = &mut self.frames[first..][..burst];
         for frame in &*frames {
             prefetch(&frame[HEADROOM]);
         }
-        let line_of = |frame: &[u8; CHUNK_BYTES]| {
-            let packet =
-                frame[HEADROOM..].first_chunk().expect("chunks are longer than the headroom");
+        let line_of = |frame: &[u8]| {
+            let packet = frame[HEADROOM..].first_chunk().expect("the packet is longer");
             u64::from_ne_bytes(*packet) as usize
         };
         for frame in &*frames {
@@ -82,5 +69,29 @@ impl Floor {
             frame[HEADROOM - HEADER..HEADROOM].fill(line[0]);
             black_box(&frame);
         }
+    }
+}
+
+impl Rotate for Floor {
+    fn refill(&mut self) {
+        for packet in 0..ROTATION {
+            let line = self.random.usize(..self.table.len()) as u64;
+            let at = self.frame(packet);
+            let packet = &mut self.frames[at][HEADROOM..HEADROOM + self.frame_bytes];
+            packet.fill(0x5a);
+            packet[..8].copy_from_slice(&line.to_ne_bytes());
+        }
+    }
+
+    fn handle(&mut self, burst: usize) -> Duration {
+        let mut spent = Duration::ZERO;
+        for packet in (0..ROTATION).step_by(burst) {
+            let first = self.frame(packet);
+            let start = Instant::now();
+            self.touch(first, burst);
+            spent += start.elapsed();
+        }
+        self.next = self.frame(ROTATION);
+        spent
     }
 }

@@ -2,9 +2,14 @@
 
 use std::ops::Range;
 
-use dataplane::wire::{ethernet, ipv4, ipv6};
+use dataplane::wire::{
+    ethernet::{self, MacAddr},
+    ipv4, ipv6,
+};
 use etherparse::PacketBuilder;
 
+/// Our end of the link that packets come by.
+pub const GATEWAY: MacAddr = MacAddr([2, 0, 0, 0, 0, 1]);
 /// The VIP's port.
 pub const VIP_PORT: u16 = 80;
 /// The IPv4 VIP.
@@ -63,7 +68,8 @@ impl Packet {
             Family::V4 => (PacketBuilder::ipv4(CLIENT_V4, VIP_V4, 64), ipv4::LEN, ethernet::IPV4),
             Family::V6 => (PacketBuilder::ipv6(CLIENT_V6, VIP_V6, 64), ipv6::LEN, ethernet::IPV6),
         };
-        let mut bytes = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2];
+        let mut bytes = GATEWAY.0.to_vec();
+        bytes.extend([2, 0, 0, 0, 0, 2]);
         bytes.extend(ethertype.to_be_bytes());
         let l4_len = if transport == Transport::Udp { 8 } else { 20 };
         let payload = vec![0x5a; len.saturating_sub(ethernet::LEN + ip_len + l4_len)];

@@ -6,46 +6,55 @@ use std::{
 };
 
 use dataplane::{
-    connections::{Connections, Timeouts},
-    counters::Counters,
+    connections::{Connections, Reader, Timeouts},
+    counters::{Counters, Event},
     flow::HashKey,
+    forwarding::Forwarding,
     port::{Frame, Pool, sim::SimPort},
-    publish::Publisher,
+    publish::{Publisher, Subscriber},
     time::Tick,
     worker::{Parts, Worker},
 };
 
 use crate::{
-    case::{Case, Flows},
-    memory::{self, Pages},
-    packet::{Packet, Transport},
+    case::{BURSTS, Case, Flows},
+    floor::Floor,
+    memory::Resident,
+    packet::Packet,
+    rotation::{FRAMES, ROTATION, Rotate, chunks},
     snapshot,
 };
 
-/// Packets of one rotation: all are in their frames before the first of them is handled, so that each
-/// frame has gone cold.
-pub const ROTATION: usize = 8192;
-
-/// Frames of the worker: a rotation, and what is on its way back meanwhile.
-const FRAMES: usize = ROTATION + 256;
-
-/// As the daemon has them.
-pub const CHUNK_BYTES: usize = 2048;
-
 const RING: usize = 2 * ROTATION;
+
+/// Bytes of an entry of the connection table: one word.
+const ENTRY_BYTES: usize = size_of::<u64>();
+
+/// How long a flow of which only a SYN was seen is remembered.
+const UNCONFIRMED_S: u32 = 10;
+
+/// New flows that are remembered in a second, where there is a limit: the daemon's default.
+const ADMISSIONS_PER_S: u32 = 50_000;
 
 /// A worker with all that it needs, and the next packets for it.
 pub struct Rig {
     worker: Worker<SimPort>,
+    counters: Arc<Counters>,
     packet: Packet,
     case: Case,
     random: fastrand::Rng,
     new_flows: u64,
     now: Tick,
-    /// What the table and the frames came to lie on.
-    pub pages: [Pages; 2],
+    handled: u64,
+    hits: u64,
+    /// The connection table's size in bytes.
+    pub table_bytes: usize,
+    /// What memory the process came to have for the connection table.
+    pub table: Resident,
+    /// What memory it came to have for the frames.
+    pub frames: Resident,
     // Holds the snapshot.
-    _publisher: Publisher<dataplane::forwarding::Forwarding>,
+    _publisher: Arc<Publisher<Forwarding>>,
 }
 
 impl Rig {
@@ -54,86 +63,126 @@ impl Rig {
     /// # Panics
     /// If there is no memory for it.
     pub fn new(case: &Case) -> Self {
-        let timeouts = Timeouts { unconfirmed_s: 10, ..Timeouts::default() };
-        let connections =
-            Connections::new(case.capacity(), &timeouts).expect("there is memory for a table");
-        let table_pages = if connections.huge_pages() { Pages::Huge } else { Pages::Advised };
-        let (pool, frame_pages) = pool();
-        let mut publisher =
-            Publisher::new(Arc::new(snapshot::forwarding(case.family, case.underlay)));
-        let worker = Worker::new(Parts {
-            ports: vec![SimPort::new(FRAMES, RING)],
-            links: vec![0],
-            pool,
-            connections,
-            peers: Vec::new(),
-            published: publisher.subscribe(),
-            counters: Arc::new(Counters::new(snapshot::BACKENDS as usize)),
-            hash_key: HashKey::random(),
-            icmp_errors_per_s: 100,
-        });
-        worker.prepare();
-        let transport = match case.flows {
-            Flows::Established(_) => Transport::Tcp,
-            Flows::New | Flows::Flood => Transport::TcpSyn,
-        };
-        let mut rig = Self {
-            worker,
-            packet: Packet::new(case.family, transport, case.frame_bytes),
-            case: case.clone(),
-            random: fastrand::Rng::with_seed(1),
-            new_flows: 0,
-            now: Tick::from_s(1),
-            pages: [table_pages, frame_pages],
-            _publisher: publisher,
-        };
-        rig.establish();
+        let [rig] = Self::crew(case);
         rig
     }
 
-    /// Two packets of each flow, far enough apart in time for the second to confirm it.
-    fn establish(&mut self) {
-        self.worker.turn(self.now); // fills the fill ring
-        let burst = self.case.burst as u64;
-        let flows = self.case.established().next_multiple_of(burst);
-        for _ in 0..2 {
-            for first in (0..flows).step_by(self.case.burst) {
-                for number in first..first + burst {
-                    self.packet.set_flow(number % self.case.established());
-                    assert!(self.worker.ports_mut()[0].deliver(self.packet.bytes()));
-                }
-                assert_eq!(self.turn(), self.case.burst);
-                self.complete();
+    /// Several of them as one daemon has them: they share a snapshot, and each may read the others' tables.
+    ///
+    /// # Panics
+    /// If there is no memory for them.
+    pub fn crew<const WORKERS: usize>(case: &Case) -> [Self; WORKERS] {
+        let snapshot = snapshot::forwarding(case.family, case.underlay);
+        let mut publisher = Publisher::new(Arc::new(snapshot));
+        let timeouts = Timeouts { unconfirmed_s: UNCONFIRMED_S, ..Timeouts::default() };
+        let tables: [_; WORKERS] = std::array::from_fn(|_| {
+            let before = Resident::now();
+            let table = Connections::new(case.capacity, &timeouts);
+            let mut table = table.expect("there is memory for a table");
+            if case.flows == Flows::Refused {
+                table = table.admitting(ADMISSIONS_PER_S);
             }
-            self.now = self.now + 1000;
+            (table, Resident::now() - before, publisher.subscribe())
+        });
+        let readers: Vec<Reader> = tables.iter().map(|(table, ..)| table.reader()).collect();
+        let publisher = Arc::new(publisher);
+        let mut own = 0;
+        tables.map(|(connections, resident, published)| {
+            let mut peers = readers.clone();
+            peers.remove(own);
+            own += 1;
+            let table_bytes = connections.capacity() * ENTRY_BYTES;
+            let (pool, frames) = pool();
+            let (worker, counters) = worker(connections, peers, published, pool);
+            let mut rig = Self {
+                worker,
+                counters,
+                packet: Packet::new(case.family, case.transport, case.frame_bytes),
+                case: case.clone(),
+                random: fastrand::Rng::with_seed(1),
+                new_flows: 0,
+                now: Tick::from_s(1),
+                handled: 0,
+                hits: 0,
+                table_bytes,
+                table: resident,
+                frames,
+                _publisher: Arc::clone(&publisher),
+            };
+            rig.worker.turn(rig.now); // fills the fill ring
+            rig.establish();
+            rig.fill();
+            rig
+        })
+    }
+
+    /// The floor of this worker, of the same footprint.
+    pub fn floor(&self) -> Floor {
+        Floor::new(self.table_bytes, self.packet.bytes().len())
+    }
+
+    /// Two packets of each flow, far enough apart in time for the second to confirm it, if it is to.
+    fn establish(&mut self) {
+        let burst = BURSTS[0] as u64;
+        let flows = self.case.established();
+        let (packets, apart_ms) = match self.case.flows {
+            Flows::Young(_) => (1, 0),
+            _ => (2, 1000),
+        };
+        for _ in 0..packets {
+            for first in (0..flows).step_by(BURSTS[0]) {
+                for number in first..first + burst {
+                    self.deliver(number % flows);
+                }
+                assert_eq!(self.turn(), BURSTS[0]);
+                self.complete(BURSTS[0]);
+            }
+            self.now = self.now + apart_ms;
         }
     }
 
-    /// Handles [`ROTATION`] packets, and tells how long all its turns took. Each turn's time includes one
-    /// reading of the clock, as a polling loop's does; delivering packets and taking them off the
-    /// tx ring is the network's business and not timed.
-    ///
-    /// # Panics
-    /// If a packet was not forwarded.
-    pub fn rotation(&mut self) -> Duration {
-        for _ in 0..ROTATION {
-            let number = self.next_flow();
-            self.packet.set_flow(number);
-            assert!(self.worker.ports_mut()[0].deliver(self.packet.bytes()), "there is room");
+    /// Twice as many new flows as there are entries, so that the table is as full as it will be.
+    fn fill(&mut self) {
+        if self.case.established() == 0 {
+            for _ in 0..2 * self.case.capacity / ROTATION {
+                self.refill();
+                self.forward(BURSTS[0]);
+            }
         }
-        self.worker.ports_mut()[0].receive_at_most(self.case.burst);
+    }
+
+    /// [`Rotate::handle`], whatever becomes of the packets.
+    fn forward(&mut self, burst: usize) -> Duration {
+        self.worker.ports_mut()[0].receive_at_most(burst);
         let mut spent = Duration::ZERO;
-        for _ in 0..ROTATION / self.case.burst {
+        for _ in 0..ROTATION / burst {
             let start = Instant::now();
             let handled = self.turn();
             spent += start.elapsed();
-            assert_eq!(handled, self.case.burst);
-            self.complete();
+            assert_eq!(handled, burst);
+            self.complete(burst);
         }
-        // Eight million packets a second; or as few as the table has room for.
-        let passed_ms = if self.case.flows == Flows::New { 100 } else { 1 };
-        self.now = self.now + passed_ms;
+        self.now = self.now + self.rotation_ms();
         spent
+    }
+
+    /// How long a rotation is for the connection table: as with eight million packets a second; or so long
+    /// that new flows, until they are forgotten, fill two fifths of the table. Young ones stay young: time
+    /// stands still, and so does the sweep.
+    fn rotation_ms(&self) -> u64 {
+        match self.case.flows {
+            Flows::New => {
+                ROTATION as u64 * u64::from(UNCONFIRMED_S) * 2500 / self.case.capacity as u64
+            }
+            Flows::Young(_) => 0,
+            Flows::Established(_) | Flows::Flood | Flows::Refused => 1,
+        }
+    }
+
+    /// The network brings a packet of this flow.
+    fn deliver(&mut self, flow: u64) {
+        self.packet.set_flow(flow);
+        assert!(self.worker.ports_mut()[0].deliver(self.packet.bytes()), "there is room");
     }
 
     /// What is timed, under a name that profilers find.
@@ -143,28 +192,115 @@ impl Rig {
     }
 
     /// The network takes what was sent.
-    fn complete(&mut self) {
+    fn complete(&mut self, burst: usize) {
         let port = &mut self.worker.ports_mut()[0];
-        for _ in 0..self.case.burst {
+        for _ in 0..burst {
             assert!(port.take_sent(|_| ()).is_some(), "every packet was forwarded");
         }
     }
 
     fn next_flow(&mut self) -> u64 {
         match self.case.flows {
-            Flows::Established(flows) => self.random.u64(..flows),
-            Flows::New | Flows::Flood => {
+            Flows::Established(flows) | Flows::Young(flows) => self.random.u64(..flows),
+            Flows::New | Flows::Flood | Flows::Refused => {
                 self.new_flows += 1;
                 self.new_flows
             }
         }
     }
+
+    /// A figure is worth nothing if the packets were others than the case says.
+    fn check(&mut self, before: [u64; 4]) {
+        let after = events(&self.counters);
+        let [hits, inserts, evictions, refused] =
+            std::array::from_fn(|event| after[event] - before[event]);
+        let all = ROTATION as u64;
+        // 0.02 % of ten million flows find no place. A new one evicts another from its own bucket rather than
+        // go to its second, and a few buckets have room even in a flood.
+        let (nearly, few) = (all - all / 200, all / 20);
+        let right = match self.case.flows {
+            Flows::Established(_) | Flows::Young(_) => hits >= nearly,
+            Flows::New => inserts >= nearly && evictions <= few,
+            Flows::Flood => inserts >= nearly && evictions >= all - few,
+            Flows::Refused => refused >= all - few,
+        };
+        let name = self.case.name;
+        assert!(
+            right,
+            "{name}: {hits} hits, {inserts} inserts, {evictions} evictions, {refused} refused"
+        );
+        self.handled += all;
+        self.hits += hits;
+    }
+
+    /// The share of packets whose connection was remembered, of all that were timed.
+    pub fn hit_share(&self) -> f64 {
+        self.hits as f64 / self.handled as f64
+    }
 }
 
-/// Frames as `sim::pool` makes them, but on huge pages, as the UMEM of a real port is.
-fn pool() -> (Pool, Pages) {
-    let (memory, pages) = memory::leak(FRAMES * CHUNK_BYTES);
-    let chunks = memory.chunks_exact_mut(CHUNK_BYTES);
-    let frames = (0..).zip(chunks).map(|(index, chunk)| Frame::new(index, chunk));
-    (Pool::new(frames.collect()), pages)
+/// Packets of remembered connections, connections remembered, those forgotten for them, and those that were
+/// not remembered because they were too many.
+fn events(counters: &Counters) -> [u64; 4] {
+    [
+        Event::ConnectionHits,
+        Event::ConnectionInserts,
+        Event::ConnectionEvictions,
+        Event::ConnectionNotAdmitted,
+    ]
+    .map(|event| counters.events(event))
+}
+
+impl Rotate for Rig {
+    /// # Panics
+    /// If there was no frame for a packet.
+    fn refill(&mut self) {
+        for _ in 0..ROTATION {
+            let flow = self.next_flow();
+            self.deliver(flow);
+        }
+    }
+
+    /// Delivering packets and taking them off the tx ring is the network's business and not timed.
+    ///
+    /// # Panics
+    /// If a packet was not forwarded, or not in the way that the case is about.
+    fn handle(&mut self, burst: usize) -> Duration {
+        let before = events(&self.counters);
+        let spent = self.forward(burst);
+        self.check(before);
+        spent
+    }
+}
+
+/// A worker, and what it counts in.
+pub(crate) fn worker(
+    connections: Connections,
+    peers: Vec<Reader>,
+    published: Subscriber<Forwarding>,
+    pool: Pool,
+) -> (Worker<SimPort>, Arc<Counters>) {
+    let counters = Arc::new(Counters::new(snapshot::BACKENDS as usize));
+    let worker = Worker::new(Parts {
+        ports: vec![SimPort::new(FRAMES, RING)],
+        links: vec![0],
+        pool,
+        connections,
+        peers,
+        published,
+        counters: Arc::clone(&counters),
+        // The same in every run, so that instructions can be counted.
+        hash_key: HashKey::from_seed("connections"),
+        icmp_errors_per_s: 100,
+    });
+    worker.prepare();
+    (worker, counters)
+}
+
+/// All frames, and what memory the process came to have for them.
+pub(crate) fn pool() -> (Pool, Resident) {
+    let before = Resident::now();
+    let frames = (0..).zip(chunks()).map(|(index, chunk)| Frame::new(index, chunk));
+    let pool = Pool::new(frames.collect());
+    (pool, Resident::now() - before)
 }

@@ -1,4 +1,4 @@
-//! A snapshot with one service, reached by both VIPs, and a hundred backends.
+//! A snapshot with one service, on TCP and UDP, and a hundred backends, or others.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
@@ -8,12 +8,12 @@ use std::{
 use dataplane::{
     encap::{Template, Tunnel},
     flow::{Address, HashKey, protocol},
-    forwarding::{Backend, Common, Forwarding, Link, Service, Vip},
+    forwarding::{Backend, Common, Forwarding, Link, Service, Slot, Vip},
     maglev::{Candidate, Maglev, Size},
     wire::ethernet::MacAddr,
 };
 
-use crate::packet::{Family, VIP_PORT, VIP_V4, VIP_V6};
+use crate::packet::{self, Family, VIP_PORT, VIP_V4, VIP_V6};
 
 /// Backends of the service.
 pub const BACKENDS: u32 = 100;
@@ -32,6 +32,45 @@ impl Underlay {
     pub const V4: Self = Self { family: Family::V4, udp_checksum: false };
     /// What is configured by default where the underlay is IPv6.
     pub const V6: Self = Self { family: Family::V6, udp_checksum: true };
+}
+
+/// Who there is to forward to, by slot.
+#[derive(Clone, Debug)]
+pub struct Backends {
+    /// Those that exist: remembered connections go to them.
+    pub existing: Vec<Slot>,
+    /// Those that take new connections.
+    pub takers: Vec<Slot>,
+}
+
+impl Backends {
+    /// So many, all of which take new connections.
+    pub fn new(count: Slot) -> Self {
+        Self { existing: (0..count).collect(), takers: (0..count).collect() }
+    }
+
+    /// One more.
+    #[must_use]
+    pub fn and(mut self, slot: Slot) -> Self {
+        self.existing.push(slot);
+        self.takers.push(slot);
+        self
+    }
+
+    /// This one takes no new connections any more.
+    #[must_use]
+    pub fn drained(mut self, slot: Slot) -> Self {
+        self.takers.retain(|&other| other != slot);
+        self
+    }
+
+    /// This one is gone.
+    #[must_use]
+    pub fn without(self, slot: Slot) -> Self {
+        let mut left = self.drained(slot);
+        left.existing.retain(|&other| other != slot);
+        left
+    }
 }
 
 /// The template of backend number `slot`.
@@ -60,12 +99,27 @@ pub fn template(slot: u32, inner: Family, underlay: Underlay) -> Template {
     .expect("both ends are of one family")
 }
 
+/// The slot of the backend that a packet is for, which left over IPv4.
+///
+/// # Panics
+/// If it did not.
+pub fn slot_of(sent: &[u8]) -> Slot {
+    // The last bytes of the inner destination, behind Ethernet, IPv4, UDP and VXLAN.
+    let mac = sent[14 + 20 + 8 + 8..].first_chunk::<6>().expect("the packet is encapsulated");
+    u32::from(u16::from_be_bytes([mac[4], mac[5]]))
+}
+
 /// The service's Maglev table, of this size, for this many backends.
 pub fn maglev(size: Size, backends: u32) -> Maglev {
-    let names: Vec<_> = (0..backends).map(|slot| format!("web-{slot}")).collect();
-    let candidates: Vec<_> = (0..)
+    maglev_of(size, &Backends::new(backends).takers)
+}
+
+fn maglev_of(size: Size, takers: &[Slot]) -> Maglev {
+    let names: Vec<_> = takers.iter().map(|slot| format!("web-{slot}")).collect();
+    let candidates: Vec<_> = takers
+        .iter()
         .zip(&names)
-        .map(|(slot, name)| Candidate { name: name.as_str(), weight: 1, slot })
+        .map(|(&slot, name)| Candidate { name: name.as_str(), weight: 1, slot })
         .collect();
     Maglev::build(size, &candidates, &maglev_key())
 }
@@ -76,15 +130,24 @@ pub fn maglev_key() -> HashKey {
 }
 
 /// The snapshot.
+pub fn forwarding(inner: Family, underlay: Underlay) -> Forwarding {
+    forwarding_to(&Backends::new(BACKENDS), inner, underlay)
+}
+
+/// The same with other backends.
 ///
 /// # Panics
 /// Never: its VIPs are distinct and its backends few.
-pub fn forwarding(inner: Family, underlay: Underlay) -> Forwarding {
+pub fn forwarding_to(backends: &Backends, inner: Family, underlay: Underlay) -> Forwarding {
     let vip = |address| {
         [protocol::TCP, protocol::UDP].map(|protocol| Vip { address, protocol, port: VIP_PORT })
     };
-    let vips = [vip(Address::v4(VIP_V4)), vip(Address::v6(VIP_V6))].concat();
-    let service = Service { vips, maglev: Arc::new(maglev(Size::default(), BACKENDS)) };
+    let vips = match inner {
+        Family::V4 => vip(Address::v4(VIP_V4)),
+        Family::V6 => vip(Address::v6(VIP_V6)),
+    };
+    let maglev = Arc::new(maglev_of(Size::default(), &backends.takers));
+    let service = Service { vips: vips.into(), maglev };
     let backend = |slot| Backend {
         template: template(slot, inner, underlay),
         service: 0,
@@ -92,8 +155,10 @@ pub fn forwarding(inner: Family, underlay: Underlay) -> Forwarding {
         link: 0,
         reachable: true,
     };
-    let common =
-        Common { links: vec![Link::default()], answer_arp: false, maglev_key: maglev_key() };
-    Forwarding::new(common, vec![service], (0..BACKENDS).map(|slot| Some(backend(slot))).collect())
-        .expect("the snapshot is sound")
+    let link = Link { mac: packet::GATEWAY, partial_checksums: false };
+    let common = Common { links: vec![link], answer_arp: false, maglev_key: maglev_key() };
+    let slots = backends.existing.iter().max().map_or(0, |last| last + 1);
+    let exists = |slot| backends.existing.contains(&slot);
+    let slots = (0..slots).map(|slot| exists(slot).then(|| backend(slot))).collect();
+    Forwarding::new(common, vec![service], slots).expect("the snapshot is sound")
 }

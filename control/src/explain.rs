@@ -120,12 +120,9 @@ pub fn explain(
     }
     let offline = Offline::new(config)?;
     let flow = first_packet(protocol, client, vip);
-    let mut context = Context {
-        connections: &mut Connections::new(16, &Timeouts::default())?,
-        peers: &[],
-        counters: &Counters::new(0),
-        now: Tick(0),
-    };
+    let mut connections = Connections::new(16, &Timeouts::default())?;
+    let counters = Counters::new(0);
+    let mut context = Context::new(&mut connections, &[], &counters, Tick(0));
     let hash = flow.key.hash(&HashKey::random());
     let selected = match select::select(&flow, hash, &offline.forwarding, &mut context) {
         Ok(selected) => selected,

@@ -10,7 +10,7 @@ macro_rules! labelled {
     ($(#[$doc:meta])* $name:ident { $($(#[doc = $sentence:literal])+ $variant:ident => $label:literal,)+ }) => {
         $(#[$doc])*
         #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-        #[repr(usize)]
+        #[repr(u8)]
         pub enum $name { $($(#[doc = $sentence])+ $variant,)+ }
 
         impl $name {
@@ -87,6 +87,8 @@ labelled! {
         ConnectionEvictions => "connection_evictions",
         /// Connections not remembered, because the bucket was full of more valuable ones.
         ConnectionTableFull => "connection_table_full",
+        /// Packets of new connections that were not remembered, because more came than connections.admissions_per_s.
+        ConnectionNotAdmitted => "connection_not_admitted",
         /// Remembered connections given another backend, because theirs was removed.
         ConnectionReselects => "connection_reselects",
         /// Inner transport checksums completed: the sender had left them to its network card.

@@ -12,6 +12,7 @@ use crate::{
     counters::DropReason,
     flow::{Flow, protocol},
     port::Frame,
+    prefetch::prefetch,
     wire::{
         checksum::{self, Sum},
         ethernet::{self, MacAddr},
@@ -19,12 +20,16 @@ use crate::{
     },
 };
 
-/// The longest outer header: Ethernet, two tags, IPv6, UDP, VXLAN, inner Ethernet; rounded up.
-const MAX_LEN: usize = 96;
+/// The longest outer header.
+const MAX_LEN: usize = IPV6_LEN + 2 * ethernet::TAG_LEN;
 
-/// The length of the commonest one: no tag, over IPv4. One cache line, copied with constant size.
-const IPV4_LEN: usize = ethernet::LEN + ipv4::LEN + udp::LEN + vxlan::LEN + ethernet::LEN;
-const _: () = assert!(IPV4_LEN == 64);
+/// What follows the outer IP header.
+const REST_LEN: usize = udp::LEN + vxlan::LEN + ethernet::LEN;
+
+/// The length without tags, over IPv4: one cache line.
+const IPV4_LEN: usize = ethernet::LEN + ipv4::LEN + REST_LEN;
+/// The length without tags, over IPv6.
+const IPV6_LEN: usize = ethernet::LEN + ipv6::LEN + REST_LEN;
 
 /// The outer TTL or hop limit.
 const TTL: u8 = 64;
@@ -77,7 +82,6 @@ pub enum TunnelError {
 #[derive(Clone, Debug)]
 #[repr(C)]
 pub struct Template {
-    bytes: [u8; MAX_LEN],
     len: u8,
     ip_offset: u8,
     v6: bool,
@@ -86,6 +90,7 @@ pub struct Template {
     ip_sum: u16,
     /// Ones'-complement sum of all that is under the UDP checksum, less lengths, source port and inner IP.
     udp_sum: u16,
+    bytes: [u8; MAX_LEN],
 }
 
 impl Template {
@@ -180,7 +185,13 @@ impl Template {
     /// must make room for.
     pub fn overhead(v6: bool) -> u16 {
         let ip = if v6 { ipv6::LEN } else { ipv4::LEN };
-        (ip + udp::LEN + vxlan::LEN + ethernet::LEN) as u16
+        (ip + REST_LEN) as u16
+    }
+
+    /// Begins to fetch its end: what lies before comes with the rest of its backend.
+    #[inline]
+    pub fn prefetch(&self) {
+        prefetch(&self.bytes[MAX_LEN - 1]);
     }
 }
 
@@ -188,7 +199,7 @@ impl Template {
 ///
 /// # Errors
 /// If the frame has no room in front.
-#[inline]
+#[inline(always)]
 pub fn vxlan(
     frame: &mut Frame,
     flow: &Flow,
@@ -199,20 +210,39 @@ pub fn vxlan(
     let inner_len = usize::from(flow.ip_len);
     let inner_start = frame.start() + usize::from(flow.ip_offset);
     let start = inner_start.checked_sub(len).ok_or(DropReason::NoHeadroom)?;
-    frame.set(start, len + inner_len);
-    let packet = frame.packet_mut();
-    if len == IPV4_LEN {
-        packet[..IPV4_LEN].copy_from_slice(&template.bytes[..IPV4_LEN]);
-    } else {
-        packet[..len].copy_from_slice(&template.bytes[..len]);
+    let packet = frame.place(start, len + inner_len);
+    // Without tags, all lengths and offsets are constants, and no store needs a check.
+    match len {
+        IPV4_LEN => write(packet, [IPV4_LEN, ethernet::LEN], false, flow, template, hash),
+        IPV6_LEN => write(packet, [IPV6_LEN, ethernet::LEN], true, flow, template, hash),
+        _ => write_tagged(packet, flow, template, hash),
     }
+    Ok(())
+}
 
+#[inline(never)]
+fn write_tagged(packet: &mut [u8], flow: &Flow, template: &Template, hash: u64) {
+    let lens = [template.len.into(), template.ip_offset.into()];
+    write(packet, lens, template.v6, flow, template, hash);
+}
+
+/// Writes the outer header, of `len` bytes of which the outer IP's start at `ip_offset`.
+#[inline(always)]
+fn write(
+    packet: &mut [u8],
+    [len, ip_offset]: [usize; 2],
+    v6: bool,
+    flow: &Flow,
+    template: &Template,
+    hash: u64,
+) {
     let (header, inner) = packet.split_at_mut(len);
-    let ip = &mut header[usize::from(template.ip_offset)..];
-    let udp_len = (inner_len + udp::LEN + vxlan::LEN + ethernet::LEN) as u16;
-    let ip_len = if template.v6 { ipv6::LEN } else { ipv4::LEN };
+    header.copy_from_slice(&template.bytes[..len]);
+    let ip = &mut header[ip_offset..];
+    let udp_len = flow.ip_len + REST_LEN as u16;
+    let ip_len = if v6 { ipv6::LEN } else { ipv4::LEN };
     // DSCP as inside (RFC 2983 section 3, uniform model), ECN too (RFC 6040 section 4.1, normal mode).
-    if template.v6 {
+    if v6 {
         // The label is the flow's entropy again, for routers that hash nothing deeper, RFC 6438. It shows
         // no more of the hash than the source port does.
         let label = ((hash >> 50) as u32).wrapping_mul(0x9e37_79b1) >> 12;
@@ -240,7 +270,6 @@ pub fn vxlan(
         let sum = if sum == 0 { 0xffff } else { sum }; // zero would mean "none", RFC 768
         put(udp, 6, sum.to_be_bytes());
     }
-    Ok(())
 }
 
 /// Overwrites N bytes at an offset.
@@ -249,17 +278,21 @@ fn put<const N: usize>(bytes: &mut [u8], at: usize, value: [u8; N]) {
     bytes[at..at + N].copy_from_slice(&value);
 }
 
-/// The pseudo header of the frame's own transport, which starts with the IP packet at `ip`.
-#[inline]
-fn pseudo_header(ip: &[u8], flow: &Flow) -> Sum {
+/// The pseudo header of the frame's own transport. The 0xffff of a mapped IPv4 address is nothing in such a
+/// sum, so there is no question of versions.
+#[inline(always)]
+fn pseudo_header(flow: &Flow) -> Sum {
+    let halves = |address: u128| {
+        let (upper, lower) = ((address >> 64) as u64, address as u64);
+        (upper >> 32) + (upper & 0xffff_ffff) + (lower >> 32) + (lower & 0xffff_ffff)
+    };
+    let addresses = halves(flow.key.src.0) + halves(flow.key.dst.0);
     let l4_len = flow.ip_len - (flow.l4_offset - flow.ip_offset);
-    if flow.is_v6() {
-        let addresses = Sum::default().add_bytes(&ip[8..40]);
-        addresses.add_u16(flow.protocol.into()).add_u16(l4_len)
-    } else {
-        let addresses = Sum::default().add_bytes(&ip[12..20]);
-        addresses.add_u16(flow.protocol.into()).add_u16(l4_len)
-    }
+    Sum::default()
+        .add_u32((addresses >> 32) as u32)
+        .add_u32(addresses as u32)
+        .add_u16(flow.protocol.into())
+        .add_u16(l4_len)
 }
 
 /// The ones'-complement sum of the inner IP packet. A valid transport checksum makes the sum of all it
@@ -304,14 +337,14 @@ pub fn complete_checksum(packet: &mut [u8], flow: &Flow) -> bool {
         protocol::UDP => 6,
         _ => return false,
     };
-    let ip = &mut packet[usize::from(flow.ip_offset)..][..usize::from(flow.ip_len)];
-    let pseudo = pseudo_header(ip, flow);
-    let l4 = &mut ip[usize::from(flow.l4_offset - flow.ip_offset)..];
-    let present = u16::from_be_bytes([l4[field], l4[field + 1]]);
-    if present != pseudo.fold() {
+    let pseudo = pseudo_header(flow);
+    let l4 = usize::from(flow.l4_offset);
+    let present = packet.get(l4 + field..).and_then(|rest| rest.first_chunk());
+    if present != Some(&pseudo.fold().to_be_bytes()) {
         return false;
     }
-    complete(l4, field, pseudo, flow.protocol);
+    let end = usize::from(flow.ip_offset) + usize::from(flow.ip_len);
+    complete(&mut packet[l4..end], field, pseudo, flow.protocol);
     true
 }
 

@@ -122,20 +122,21 @@ fn fold(a: u64, b: u64) -> u64 {
 }
 
 impl FlowKey {
-    /// A keyed 64-bit hash: four folded multiplications, three of them in parallel.
+    /// A keyed 64-bit hash: four folded multiplications, three of them in parallel, and one of those a
+    /// constant for IPv4, whose upper halves are zero.
     ///
     /// Without the key nobody can aim at a bucket; it is no message authentication code, and whoever sees
     /// many hashes might recover the key, so hashes stay inside (the VXLAN source port shows 14 bits).
-    #[inline]
+    #[inline(always)]
     pub fn hash(&self, key: &HashKey) -> u64 {
         let [k0, k1, k2, k3, k4, k5] = key.0;
-        let ports = u64::from(self.src_port) << 32
-            | u64::from(self.dst_port) << 16
+        let Self { src: Address(src), dst: Address(dst), .. } = *self;
+        let ports = u64::from(self.src_port) << 24
+            | u64::from(self.dst_port) << 8
             | u64::from(self.protocol);
-        let src = fold(self.src.0 as u64 ^ k0, (self.src.0 >> 64) as u64 ^ k1);
-        let dst = fold(self.dst.0 as u64 ^ k2, (self.dst.0 >> 64) as u64 ^ k3);
-        let ports = fold(ports ^ k4, k5 | 1);
-        fold(src ^ ports.rotate_left(23), dst ^ k5)
+        let low = fold(src as u64 ^ k0, dst as u64 ^ k1);
+        let high = fold((src >> 64) as u64 ^ k2, (dst >> 64) as u64 ^ k3);
+        fold(low ^ fold(ports ^ k4, k5 | 1).rotate_left(23), high ^ k5)
     }
 }
 
@@ -190,6 +191,19 @@ pub struct Flow {
 }
 
 impl Flow {
+    /// No packet at all: what a place for flows holds before the first.
+    pub const NONE: Self = Self {
+        key: FlowKey { src: Address(0), dst: Address(0), src_port: 0, dst_port: 0, protocol: 0 },
+        kind: Kind::Packet,
+        tcp_flags: 0,
+        tos: 0,
+        dont_fragment: false,
+        ip_offset: 0,
+        ip_len: 0,
+        l4_offset: 0,
+        protocol: 0,
+    };
+
     /// Whether the packet itself is IPv6 (the quoted one of an ICMP error always is of the same family).
     #[inline]
     pub fn is_v6(&self) -> bool {

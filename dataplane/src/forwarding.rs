@@ -31,6 +31,14 @@ pub struct Vip {
     pub port: u16,
 }
 
+impl Vip {
+    /// Port and protocol in one number.
+    #[inline(always)]
+    fn ports(&self) -> u32 {
+        u32::from(self.port) << 8 | u32::from(self.protocol)
+    }
+}
+
 /// A set of VIPs and the choice of their backends.
 #[derive(Clone, Debug)]
 pub struct Service {
@@ -40,12 +48,10 @@ pub struct Service {
     pub maglev: Arc<Maglev>,
 }
 
-/// Where packets go: one task behind a tunnel. Two cache lines.
+/// Where packets go: one task behind a tunnel.
 #[derive(Clone, Debug)]
-#[repr(C, align(64))]
+#[repr(C)]
 pub struct Backend {
-    /// The outer header, and all that encapsulation needs.
-    pub template: Template,
     /// Index of the service it serves: a connection counts only if this is the packet's service.
     pub service: u32,
     /// The largest inner IP packet that fits the way there, in bytes.
@@ -54,7 +60,21 @@ pub struct Backend {
     pub link: u8,
     /// Whether the next hop's MAC address is known. If not, its packets are dropped.
     pub reachable: bool,
+    /// The outer header, and all that encapsulation needs.
+    pub template: Template,
 }
+
+/// A backend in its slot: two cache lines. Selection reads the first, encapsulation both.
+#[derive(Clone, Debug)]
+#[repr(C, align(64))]
+struct Placed {
+    /// Its service's first VIP, or the only one: a connection's packets are most often for it, and need not
+    /// ask the table of VIPs.
+    address: Address,
+    ports: u32,
+    backend: Backend,
+}
+const _: () = assert!(size_of::<Option<Placed>>() == 128);
 
 /// What a worker knows of one of its interfaces.
 #[derive(Clone, Copy, Debug, Default)]
@@ -71,9 +91,14 @@ impl Link {
     /// would get several. A link without a known address takes everything.
     #[inline]
     pub fn accepts(&self, frame: &[u8], kind: Kind) -> bool {
+        frame.starts_with(&self.mac.0) || self.accepts_foreign(frame, kind)
+    }
+
+    #[cold]
+    fn accepts_foreign(&self, frame: &[u8], kind: Kind) -> bool {
         let asks = matches!(kind, Kind::Arp | Kind::NeighbourSolicitation);
         let group = frame.first().is_some_and(|first| first & 1 != 0);
-        frame.starts_with(&self.mac.0) || (group && asks) || self.mac == MacAddr::default()
+        (group && asks) || self.mac == MacAddr::default()
     }
 }
 
@@ -82,7 +107,7 @@ impl Link {
 pub struct Forwarding {
     vips: VipTable,
     services: Vec<Service>,
-    backends: Vec<Option<Backend>>,
+    backends: Vec<Option<Placed>>,
     links: Vec<Link>,
     answer_arp: bool,
     maglev_key: HashKey,
@@ -124,18 +149,23 @@ impl Forwarding {
             return Err(ForwardingError::TooManyBackends(backends.len()));
         }
         let vips = VipTable::new(&services)?;
+        let place = |backend: Backend| {
+            let service = services.get(backend.service as usize);
+            // No packet is for protocol 0.
+            let none = Vip { address: Address::default(), protocol: 0, port: 0 };
+            let vip = service.and_then(|service| service.vips.first()).unwrap_or(&none);
+            Placed { address: vip.address, ports: vip.ports(), backend }
+        };
+        let backends = backends.into_iter().map(|backend| backend.map(place)).collect();
         let Common { links, answer_arp, maglev_key } = common;
         Ok(Self { vips, services, backends, links, answer_arp, maglev_key })
     }
 
     /// The service that answers on this VIP, as an index; a VIP on port 0 answers on all other ports.
-    #[inline]
+    #[inline(never)]
     pub fn service_at(&self, address: Address, protocol: u8, port: u16) -> Option<u32> {
-        let exact = self.vips.get(&Vip { address, protocol, port });
-        if exact.is_some() {
-            return exact;
-        }
-        self.vips.get(&Vip { address, protocol, port: 0 })
+        let service = |port| self.vips.get(&Vip { address, protocol, port });
+        service(port).or_else(|| service(0))
     }
 
     /// Whether the address is any service's.
@@ -153,7 +183,17 @@ impl Forwarding {
     /// The backend in this slot.
     #[inline]
     pub fn backend(&self, slot: Slot) -> Option<&Backend> {
-        self.backends.get(slot as usize)?.as_ref()
+        self.backends.get(slot as usize)?.as_ref().map(|placed| &placed.backend)
+    }
+
+    /// The backend in this slot, and whether its service answers on this VIP.
+    #[inline(always)]
+    pub fn backend_for(&self, slot: Slot, vip: Vip) -> Option<(&Backend, bool)> {
+        let placed = self.backends.get(slot as usize)?.as_ref()?;
+        let backend = &placed.backend;
+        let serves = placed.address == vip.address && placed.ports == vip.ports()
+            || self.service_at(vip.address, vip.protocol, vip.port) == Some(backend.service);
+        Some((backend, serves))
     }
 
     /// The interface with this index.
@@ -184,8 +224,28 @@ fn address_entry(address: Address) -> Vip {
 /// VIP → service: open addressing at half load, built once, read only.
 #[derive(Debug)]
 struct VipTable {
-    entries: Vec<Option<(Vip, u32)>>,
+    entries: Vec<VipEntry>,
     shift: u32,
+}
+
+/// Half a cache line.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(32))]
+struct VipEntry {
+    address: Address,
+    /// Port and protocol, or [`VipEntry::EMPTY`].
+    ports: u32,
+    service: u32,
+}
+
+impl VipEntry {
+    /// No port and protocol are so large.
+    const EMPTY: u32 = u32::MAX;
+
+    #[inline]
+    fn is(&self, vip: &Vip) -> bool {
+        self.ports == vip.ports() && self.address == vip.address
+    }
 }
 
 impl VipTable {
@@ -193,16 +253,17 @@ impl VipTable {
         let count: usize = services.iter().map(|service| 2 * service.vips.len()).sum();
         let capacity = (2 * count).next_power_of_two().max(2);
         let shift = 64 - capacity.trailing_zeros();
-        let mut table = Self { entries: vec![None; capacity], shift };
+        let empty = VipEntry { address: Address(0), ports: VipEntry::EMPTY, service: 0 };
+        let mut table = Self { entries: vec![empty; capacity], shift };
         for (index, service) in services.iter().enumerate() {
             for vip in &service.vips {
                 if table.get(vip).is_some() {
                     return Err(ForwardingError::DuplicateVip(*vip));
                 }
-                table.insert(*vip, index as u32);
+                table.insert(vip, index as u32);
                 let address = address_entry(vip.address);
                 if table.get(&address).is_none() {
-                    table.insert(address, index as u32);
+                    table.insert(&address, index as u32);
                 }
             }
         }
@@ -210,21 +271,21 @@ impl VipTable {
     }
 
     /// Only operators choose VIPs, so the hash needs no key; it only has to be quick.
-    #[inline]
+    #[inline(always)]
     fn home(&self, vip: &Vip) -> usize {
-        let ports = u64::from(vip.port) << 8 | u64::from(vip.protocol);
-        let folded =
-            (vip.address.0 >> 64) as u64 ^ (vip.address.0 as u64).rotate_left(17) ^ ports << 40;
+        let address = vip.address.0;
+        let ports = u64::from(vip.ports());
+        let folded = (address >> 64) as u64 ^ address as u64 ^ ports << 40;
         (folded.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> self.shift) as usize
     }
 
-    fn insert(&mut self, vip: Vip, service: u32) {
+    fn insert(&mut self, vip: &Vip, service: u32) {
         let mask = self.entries.len() - 1;
-        let mut at = self.home(&vip);
-        while self.entries[at].is_some() {
+        let mut at = self.home(vip);
+        while self.entries[at].ports != VipEntry::EMPTY {
             at = (at + 1) & mask;
         }
-        self.entries[at] = Some((vip, service));
+        self.entries[at] = VipEntry { address: vip.address, ports: vip.ports(), service };
     }
 
     #[inline]
@@ -232,12 +293,15 @@ impl VipTable {
         let mask = self.entries.len() - 1;
         let mut at = self.home(vip);
         // Ends: the table is at most half full.
-        while let Some((key, service)) = &self.entries[at & mask] {
-            if key == vip {
-                return Some(*service);
+        loop {
+            let entry = &self.entries[at & mask];
+            if entry.is(vip) {
+                return Some(entry.service);
+            }
+            if entry.ports == VipEntry::EMPTY {
+                return None;
             }
             at += 1;
         }
-        None
     }
 }

@@ -14,6 +14,7 @@ pub mod parse;
 pub mod port;
 pub mod prefetch;
 pub mod publish;
+pub mod rate_limit;
 pub mod reply;
 pub mod select;
 #[cfg(feature = "xdp")]

@@ -3,7 +3,7 @@
 //! Nothing is verified that does not decide where a packet goes: checksums are the receiver's business,
 //! which we are only of neighbour solicitations.
 
-use zerocopy::FromBytes;
+use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
 use crate::{
     counters::DropReason::{self, *},
@@ -27,8 +27,116 @@ const LATER_FRAGMENT: u16 = 0xfff8;
 ///
 /// # Errors
 /// The reason to drop it: it is malformed, or nothing that is ever forwarded.
-#[inline]
 pub fn flow(packet: &[u8]) -> Result<Flow, DropReason> {
+    let mut flow = Flow::NONE;
+    if !plain_ipv4(packet, &mut flow) {
+        any(packet, &mut flow)?;
+    }
+    Ok(flow)
+}
+
+/// What nearly every IPv4 packet begins with.
+#[derive(FromBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct PlainIpv4 {
+    ethernet: ethernet::Header,
+    ip: ipv4::Header,
+    /// Or UDP's header and the first bytes of a payload.
+    tcp: tcp::Header,
+}
+
+/// What nearly every IPv6 packet begins with.
+#[derive(FromBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct PlainIpv6 {
+    ethernet: ethernet::Header,
+    ip: ipv6::Header,
+    /// Or UDP's header and the first bytes of a payload.
+    tcp: tcp::Header,
+}
+
+/// Parses a packet as [`flow`] does, if it is TCP or UDP in plain IPv4: no tag, no option, no fragment, and
+/// no shorter than a whole TCP header. Says whether it is.
+///
+/// All offsets are constants, and there is one way through: 60 instructions, where there were 150.
+#[inline(always)]
+pub fn plain_ipv4(packet: &[u8], flow: &mut Flow) -> bool {
+    const MIN_LEN: usize = ipv4::LEN + tcp::LEN;
+    let Ok((PlainIpv4 { ethernet, ip, tcp }, _)) = PlainIpv4::ref_from_prefix(packet) else {
+        return false;
+    };
+    let len = usize::from(ip.total_len.get());
+    let plain = ethernet.ethertype.get() == ethernet::IPV4
+        && ip.version_ihl == ipv4::VERSION_IHL
+        && !ip.is_fragment()
+        && len >= MIN_LEN
+        && len <= packet.len() - ethernet::LEN;
+    let ports = if plain { plain_ports(ip.protocol, tcp) } else { None };
+    let Some(ports) = ports else { return false };
+    let ip = Ip {
+        src: Address::v4(ip.src),
+        dst: Address::v4(ip.dst),
+        protocol: ip.protocol,
+        tos: ip.tos,
+        dont_fragment: ip.dont_fragment(),
+        hop_limit: ip.ttl,
+        len,
+        header_len: ipv4::LEN,
+    };
+    ip.write(ethernet::LEN, ports, flow);
+    true
+}
+
+/// The same for IPv6 without extension headers.
+#[inline(always)]
+fn plain_ipv6(packet: &[u8], flow: &mut Flow) -> bool {
+    let Ok((PlainIpv6 { ethernet, ip, tcp }, _)) = PlainIpv6::ref_from_prefix(packet) else {
+        return false;
+    };
+    let payload_len = usize::from(ip.payload_len.get());
+    let (src, dst) = (Address::v6(ip.src), Address::v6(ip.dst));
+    let plain = ethernet.ethertype.get() == ethernet::IPV6
+        && ip.version() == 6
+        && payload_len >= tcp::LEN
+        && payload_len <= packet.len() - ethernet::LEN - ipv6::LEN
+        && packet.len() <= usize::from(u16::MAX)
+        && src.as_v4().is_none()
+        && dst.as_v4().is_none();
+    let ports = if plain { plain_ports(ip.next_header, tcp) } else { None };
+    let Some(ports) = ports else { return false };
+    let ip = Ip {
+        src,
+        dst,
+        protocol: ip.next_header,
+        tos: ip.traffic_class(),
+        dont_fragment: true,
+        hop_limit: ip.hop_limit,
+        len: ipv6::LEN + payload_len,
+        header_len: ipv6::LEN,
+    };
+    ip.write(ethernet::LEN, ports, flow);
+    true
+}
+
+/// What a header tells that is TCP's, or UDP's and more.
+#[inline(always)]
+fn plain_ports(protocol: u8, header: &tcp::Header) -> Option<Ports> {
+    let tcp_flags = match protocol {
+        protocol::TCP => header.flags(),
+        protocol::UDP => 0,
+        _ => return None,
+    };
+    Some(Ports { src: header.src_port.get(), dst: header.dst_port.get(), tcp_flags })
+}
+
+/// Parses any packet, as [`flow`] does. What is in `flow` after an error means nothing.
+///
+/// # Errors
+/// As [`flow`].
+pub fn any(packet: &[u8], flow: &mut Flow) -> Result<(), DropReason> {
+    if plain_ipv6(packet, flow) {
+        return Ok(());
+    }
     let (header, _) = view::<ethernet::Header>(packet)?;
     let mut ethertype = header.ethertype.get();
     let mut offset = ethernet::LEN;
@@ -40,28 +148,31 @@ pub fn flow(packet: &[u8]) -> Result<Flow, DropReason> {
         ethertype = tag.ethertype.get();
         offset += ethernet::TAG_LEN;
     }
+    let bytes = &packet[offset..];
     let ip = match ethertype {
-        ethernet::IPV4 => parse_ipv4(&packet[offset..])?,
-        ethernet::IPV6 => parse_ipv6(&packet[offset..])?,
-        ethernet::ARP => return parse_arp(packet, offset),
+        ethernet::IPV4 => parse_ipv4(bytes)?,
+        ethernet::IPV6 => parse_ipv6(bytes)?,
+        ethernet::ARP => return parse_arp(bytes, offset, flow),
         _ => return Err(NotIp),
     };
     // Bytes behind the IP packet are Ethernet's padding.
-    let l4 = packet[offset..][..ip.len].get(ip.header_len..).ok_or(Truncated)?;
+    let l4 = bytes[..ip.len].get(ip.header_len..).ok_or(Truncated)?;
     let ports = match (ethertype, ip.protocol) {
-        (ethernet::IPV4, protocol::ICMP) => return parse_icmpv4(ip.flow(offset, Ports::NONE), l4),
+        (ethernet::IPV4, protocol::ICMP) => {
+            ip.write(offset, Ports::NONE, flow);
+            return parse_icmpv4(flow, l4);
+        }
         (ethernet::IPV6, protocol::ICMPV6) => {
-            return parse_icmpv6(ip.flow(offset, Ports::NONE), l4, ip.hop_limit);
+            ip.write(offset, Ports::NONE, flow);
+            return parse_icmpv6(flow, l4, ip.hop_limit);
         }
         _ => parse_ports(ip.protocol, l4)?,
     };
-    Ok(ip.flow(offset, ports))
+    ip.write(offset, ports, flow);
+    Ok(())
 }
 
 /// What an IP header tells, of either version.
-///
-/// It and [`Ports`] stand between the headers and [`Flow`] so that a flow is written once, when all is
-/// known: patching and copying one stalls on its own stores, which cost 20 ns a packet.
 struct Ip {
     src: Address,
     dst: Address,
@@ -86,9 +197,9 @@ impl Ports {
 }
 
 impl Ip {
-    #[inline]
-    fn flow(&self, ip_offset: usize, ports: Ports) -> Flow {
-        Flow {
+    #[inline(always)]
+    fn write(&self, ip_offset: usize, ports: Ports, flow: &mut Flow) {
+        *flow = Flow {
             key: FlowKey {
                 src: self.src,
                 dst: self.dst,
@@ -104,7 +215,7 @@ impl Ip {
             ip_len: self.len as u16,
             l4_offset: (ip_offset + self.header_len) as u16,
             protocol: self.protocol,
-        }
+        };
     }
 }
 
@@ -112,7 +223,7 @@ impl Ip {
 #[inline]
 fn view<T>(bytes: &[u8]) -> Result<(&T, &[u8]), DropReason>
 where
-    T: FromBytes + zerocopy::KnownLayout + zerocopy::Immutable + zerocopy::Unaligned,
+    T: FromBytes + KnownLayout + Immutable + Unaligned,
 {
     T::ref_from_prefix(bytes).map_err(|_| Truncated)
 }
@@ -136,7 +247,7 @@ fn parse_ipv4(packet: &[u8]) -> Result<Ip, DropReason> {
         dst: Address::v4(header.dst),
         protocol: header.protocol,
         tos: header.tos,
-        dont_fragment: header.flags_fragment.get() & ipv4::DONT_FRAGMENT != 0,
+        dont_fragment: header.dont_fragment(),
         hop_limit: header.ttl,
         len,
         header_len,
@@ -237,10 +348,10 @@ fn parse_ports(protocol: u8, l4: &[u8]) -> Result<Ports, DropReason> {
 }
 
 #[inline(never)]
-fn parse_icmpv4(flow: Flow, l4: &[u8]) -> Result<Flow, DropReason> {
+fn parse_icmpv4(flow: &mut Flow, l4: &[u8]) -> Result<(), DropReason> {
     let (header, quoted) = view::<icmp::Header>(l4)?;
     match header.kind {
-        icmp::v4::ECHO_REQUEST if header.code == 0 => Ok(Flow { kind: Kind::Echo, ..flow }),
+        icmp::v4::ECHO_REQUEST if header.code == 0 => flow.kind = Kind::Echo,
         icmp::v4::DESTINATION_UNREACHABLE
         | icmp::v4::TIME_EXCEEDED
         | icmp::v4::PARAMETER_PROBLEM => {
@@ -251,24 +362,25 @@ fn parse_icmpv4(flow: Flow, l4: &[u8]) -> Result<Flow, DropReason> {
             }
             let ports = quoted.get(header_len..).ok_or(Truncated)?;
             let (src, dst) = (Address::v4(inner.src), Address::v4(inner.dst));
-            quoting(flow, src, dst, inner.protocol, ports)
+            return quoting(flow, src, dst, inner.protocol, ports);
         }
-        _ => Err(UnknownProtocol),
+        _ => return Err(UnknownProtocol),
     }
+    Ok(())
 }
 
 #[inline(never)]
-fn parse_icmpv6(flow: Flow, l4: &[u8], hop_limit: u8) -> Result<Flow, DropReason> {
+fn parse_icmpv6(flow: &mut Flow, l4: &[u8], hop_limit: u8) -> Result<(), DropReason> {
     let (header, rest) = view::<icmp::Header>(l4)?;
     match header.kind {
-        icmp::v6::ECHO_REQUEST if header.code == 0 => Ok(Flow { kind: Kind::Echo, ..flow }),
+        icmp::v6::ECHO_REQUEST if header.code == 0 => flow.kind = Kind::Echo,
         icmp::v6::DESTINATION_UNREACHABLE..=icmp::v6::PARAMETER_PROBLEM => {
             let (inner, payload) = view::<ipv6::Header>(rest)?;
             let (protocol, extensions_len) =
                 walk_extensions(inner.next_header, payload, LATER_FRAGMENT)
                     .map_err(|_| IcmpUnmatched)?;
             let ports = payload.get(extensions_len..).ok_or(Truncated)?;
-            quoting(flow, Address::v6(inner.src), Address::v6(inner.dst), protocol, ports)
+            return quoting(flow, Address::v6(inner.src), Address::v6(inner.dst), protocol, ports);
         }
         // A solicitation that crossed a router is forged.
         icmp::v6::NEIGHBOUR_SOLICITATION if hop_limit == 255 && header.code == 0 => {
@@ -276,11 +388,12 @@ fn parse_icmpv6(flow: Flow, l4: &[u8], hop_limit: u8) -> Result<Flow, DropReason
             if !solicitation_is_valid(&flow.key, l4, options) {
                 return Err(UnknownProtocol);
             }
-            let key = FlowKey { dst: ipv6_address(*target)?, ..flow.key };
-            Ok(Flow { kind: Kind::NeighbourSolicitation, key, ..flow })
+            flow.key.dst = ipv6_address(*target)?;
+            flow.kind = Kind::NeighbourSolicitation;
         }
-        _ => Err(UnknownProtocol),
+        _ => return Err(UnknownProtocol),
     }
+    Ok(())
 }
 
 /// What RFC 4861 section 7.1.1 has a receiver check, which we are here.
@@ -307,31 +420,32 @@ fn solicitation_is_valid(key: &FlowKey, message: &[u8], mut options: &[u8]) -> b
 /// An ICMP error that quotes a packet from `src` to `dst`: the VIP's answer, so the flow runs the other way.
 /// The quote may end 8 bytes into the transport header (RFC 792); we need four.
 fn quoting(
-    flow: Flow,
+    flow: &mut Flow,
     src: Address,
     dst: Address,
     protocol: u8,
     ports: &[u8],
-) -> Result<Flow, DropReason> {
+) -> Result<(), DropReason> {
     let ports = ports.first_chunk::<4>().ok_or(Truncated)?;
     let known = matches!(protocol, protocol::TCP | protocol::UDP | protocol::SCTP);
     // An error goes to whom it quotes as the sender; another one is forged or mangled.
     if !known || src != flow.key.dst {
         return Err(IcmpUnmatched);
     }
-    let key = FlowKey {
+    flow.key = FlowKey {
         src: dst,
         dst: src,
         src_port: u16::from_be_bytes([ports[2], ports[3]]),
         dst_port: u16::from_be_bytes([ports[0], ports[1]]),
         protocol,
     };
-    Ok(Flow { kind: Kind::IcmpError, key, ..flow })
+    flow.kind = Kind::IcmpError;
+    Ok(())
 }
 
 #[inline(never)]
-fn parse_arp(packet: &[u8], offset: usize) -> Result<Flow, DropReason> {
-    let (arp, _) = view::<arp::Packet>(&packet[offset..])?;
+fn parse_arp(packet: &[u8], offset: usize, flow: &mut Flow) -> Result<(), DropReason> {
+    let (arp, _) = view::<arp::Packet>(packet)?;
     let ipv4_request = arp.hardware_type.get() == arp::ETHERNET
         && arp.protocol_type.get() == ethernet::IPV4
         && (arp.hardware_len, arp.protocol_len) == (6, 4)
@@ -339,21 +453,16 @@ fn parse_arp(packet: &[u8], offset: usize) -> Result<Flow, DropReason> {
     if !ipv4_request {
         return Err(NotIp);
     }
-    Ok(Flow {
+    *flow = Flow {
         key: FlowKey {
             src: Address::v4(arp.sender_ip),
             dst: Address::v4(arp.target_ip),
-            src_port: 0,
-            dst_port: 0,
-            protocol: 0,
+            ..Flow::NONE.key
         },
         kind: Kind::Arp,
-        tcp_flags: 0,
-        tos: 0,
-        dont_fragment: false,
         ip_offset: offset as u16,
-        ip_len: 0,
         l4_offset: offset as u16,
-        protocol: 0,
-    })
+        ..Flow::NONE
+    };
+    Ok(())
 }

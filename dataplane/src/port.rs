@@ -21,14 +21,11 @@ pub const BURST: usize = 64;
 /// The kernel puts a packet `XDP_PACKET_HEADROOM` (256) plus this many bytes into its chunk.
 pub const HEADROOM: usize = 256 + 128;
 
-/// Frames waiting for one port's tx ring: a burst of which every packet is cut into fragments.
+/// Frames that can wait for one port's tx ring: a burst of which every packet is cut into fragments.
 pub const OUTBOUND: usize = MAX_FRAGMENTS * BURST;
 
-/// Frames just received from one port.
-pub type Inbound = ArrayVec<Frame, BURST>;
-
-/// Frames about to leave by one port.
-pub type Outbound = ArrayVec<Frame, OUTBOUND>;
+/// Frames in a worker's hands: just received from one port, or about to leave by one.
+pub type Frames = ArrayVec<Frame, OUTBOUND>;
 
 /// One chunk of the UMEM with the packet in it.
 ///
@@ -106,6 +103,16 @@ impl Frame {
         self.len = len as u16;
     }
 
+    /// Says where in the chunk the packet lies from now on, and gives its bytes to be written.
+    ///
+    /// # Panics
+    /// As [`Frame::set`].
+    #[inline]
+    pub fn place(&mut self, start: usize, len: usize) -> &mut [u8] {
+        self.set(start, len);
+        &mut self.chunk[start..start + len]
+    }
+
     /// Makes the packet `bytes` longer at its front, without touching them. `None` if there is no room.
     #[inline]
     pub fn grow_front(&mut self, bytes: usize) -> Option<()> {
@@ -163,9 +170,9 @@ impl Pool {
     /// Takes a frame out, empty and with all its headroom. `None` if all are in use.
     #[inline]
     pub fn take(&mut self) -> Option<Frame> {
-        let mut frame = self.frames.pop()?;
-        frame.set(HEADROOM, 0);
-        Some(frame)
+        // Its chunk holds the headroom: `Frame::new` has seen to it.
+        let Frame { chunk, index, .. } = self.frames.pop()?;
+        Some(Frame { chunk, index, start: HEADROOM as u16, len: 0 })
     }
 
     /// Puts a frame back.
@@ -194,14 +201,14 @@ pub trait Port {
     fn reclaim(&mut self, pool: &mut Pool);
 
     /// Takes up to [`BURST`] received frames. `inbound` is empty before.
-    fn receive(&mut self, inbound: &mut Inbound);
+    fn receive(&mut self, inbound: &mut Frames);
 
     /// Gives the kernel frames to receive into, as far as its fill ring has room and the pool frames.
     fn refill(&mut self, pool: &mut Pool);
 
     /// Hands over frames from the front of `outbound`, in order, as far as the tx ring has room, and kicks
     /// it. What it could not take stays.
-    fn transmit(&mut self, outbound: &mut Outbound);
+    fn transmit(&mut self, outbound: &mut Frames);
 
     /// Frames that this port holds, on either side.
     fn held(&self) -> usize;

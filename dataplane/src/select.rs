@@ -3,10 +3,10 @@
 //! Touches only its arguments, so `explain` runs the very same function on a scratch table.
 
 use crate::{
-    connections::{Connections, Found, Reader, Remembered, Traffic, Verdict},
+    connections::{Connections, Found, Reader, Remembered, Settled, Traffic, Verdict},
     counters::{Counters, DropReason, Event},
     flow::{Flow, Kind},
-    forwarding::{Backend, Forwarding, Slot},
+    forwarding::{Backend, Forwarding, Slot, Vip},
     time::Tick,
 };
 
@@ -44,60 +44,99 @@ pub struct Context<'a> {
     /// The worker's counters.
     pub counters: &'a Counters,
     /// Now.
-    pub now: Tick,
+    now: Tick,
+    settled: Settled,
+}
+
+impl<'a> Context<'a> {
+    /// What packets that come now are selected with.
+    pub fn new(
+        connections: &'a mut Connections,
+        peers: &'a [Reader],
+        counters: &'a Counters,
+        now: Tick,
+    ) -> Self {
+        Self { connections, peers, counters, now, settled: Settled::at(now) }
+    }
+
+    /// When this is.
+    pub fn now(&self) -> Tick {
+        self.now
+    }
 }
 
 /// Selects the backend for a packet or an ICMP error. `hash` is the flow's, by the tables' key.
 ///
 /// # Errors
 /// If there is no such service, or it has no backend that can take the packet.
-#[inline]
+#[inline(always)]
 pub fn select<'a>(
     flow: &Flow,
     hash: u64,
     forwarding: &'a Forwarding,
     context: &mut Context<'_>,
 ) -> Result<Selected<'a>, DropReason> {
-    let key = &flow.key;
-    let error = flow.kind == Kind::IcmpError;
-    let missing = if error { DropReason::IcmpUnmatched } else { DropReason::NoService };
-    let service = forwarding.service_at(key.dst, key.protocol, key.dst_port).ok_or(missing)?;
+    if flow.kind != Kind::IcmpError
+        && let Some(slot) = context.connections.settled(hash, flow, &context.settled)
+        && let Some((backend, true)) = forwarding.backend_for(slot, vip(flow))
+        && backend.reachable
+    {
+        context.counters.count(Event::ConnectionHits, 1);
+        return Ok(Selected { slot, backend, how: How::Remembered });
+    }
+    select_unsettled(flow, hash, forwarding, context)
+}
+
+/// The rest, apart, so that settled connections' packets have the registers to themselves.
+#[inline(never)]
+fn select_unsettled<'a>(
+    flow: &Flow,
+    hash: u64,
+    forwarding: &'a Forwarding,
+    context: &mut Context<'_>,
+) -> Result<Selected<'a>, DropReason> {
     let traffic = Traffic::of(flow);
-    let judge = |slot: Slot| match forwarding.backend(slot) {
+    let vip = vip(flow);
+    let judge = move |slot: Slot| match forwarding.backend_for(slot, vip) {
         // TCP waits for a backend's return and retransmits; datagrams would be lost for as long as they
         // come. Maglev has no unreachable backend unless all are.
-        Some(backend) if !backend.reachable && traffic == Traffic::Datagram => Verdict::Gone,
-        Some(backend) if backend.service == service => Verdict::Serves,
-        Some(_) => Verdict::Stranger,
+        Some((backend, _)) if !backend.reachable && traffic == Traffic::Datagram => Verdict::Gone,
+        Some((backend, true)) => Verdict::Serves((slot, backend)),
+        Some((_, false)) => Verdict::Stranger,
         None => Verdict::Gone,
     };
-    if error {
-        return select_for_error(hash, flow, service, forwarding, context, judge);
+    if flow.kind == Kind::IcmpError {
+        return select_for_error(hash, flow, forwarding, context, judge);
     }
 
     // A new connection gets a new decision, whatever its addresses and ports meant before.
     let mut how = How::Maglev;
+    let mut is_new = false;
     if traffic != Traffic::Syn {
         match context.connections.find(hash, context.now, judge) {
-            Found::Live(slot, place) => {
+            Found::Live((slot, backend), place) => {
                 context.connections.touch(place, traffic, context.now);
                 context.counters.count(Event::ConnectionHits, 1);
-                let backend = forwarding.backend(slot).ok_or(DropReason::NoBackend)?;
                 return Ok(Selected { slot, backend, how: How::Remembered });
             }
             Found::Orphan => how = How::Reselected,
-            Found::Nothing => {}
+            Found::Nothing => is_new = true,
         }
     }
-    let (slot, backend) = pick(flow, service, forwarding)?;
+    let (slot, backend) = pick(flow, forwarding, DropReason::NoService)?;
     context.counters.count(Event::ConnectionMisses, 1);
-    let remembered = context.connections.remember(hash, slot, traffic, context.now);
+    let remembered = if is_new {
+        context.connections.remember_new(hash, slot, traffic, context.now)
+    } else {
+        context.connections.remember(hash, slot, traffic, context.now)
+    };
     context.counters.count(
         match remembered {
             Remembered::Inserted | Remembered::Evicted => Event::ConnectionInserts,
             Remembered::Renewed if how == How::Reselected => Event::ConnectionReselects,
             Remembered::Renewed => return Ok(Selected { slot, backend, how }),
             Remembered::Full => Event::ConnectionTableFull,
+            Remembered::NotAdmitted => Event::ConnectionNotAdmitted,
         },
         1,
     );
@@ -107,40 +146,44 @@ pub fn select<'a>(
     Ok(Selected { slot, backend, how })
 }
 
+/// What the packet is for.
+#[inline(always)]
+fn vip(flow: &Flow) -> Vip {
+    let key = &flow.key;
+    Vip { address: key.dst, protocol: key.protocol, port: key.dst_port }
+}
+
 /// An ICMP error comes from anywhere and lands on any queue: the flow it quotes may be another worker's.
 /// It tells nothing about the connection, so nothing is remembered.
 #[cold]
 fn select_for_error<'a>(
     hash: u64,
     flow: &Flow,
-    service: u32,
     forwarding: &'a Forwarding,
     context: &Context<'_>,
-    judge: impl Fn(Slot) -> Verdict + Copy,
+    judge: impl Fn(Slot) -> Verdict<(Slot, &'a Backend)> + Copy,
 ) -> Result<Selected<'a>, DropReason> {
-    let own = context.connections.find(hash, context.now, judge);
-    let elsewhere = || context.peers.iter().map(|peer| peer.find(hash, context.now, judge));
-    let mut found = std::iter::once((own, How::Remembered))
-        .chain(elsewhere().map(|found| (found, How::RememberedElsewhere)));
-    let live = found.find_map(|(found, how)| match found {
-        Found::Live(slot, _) => Some((slot, how)),
-        _ => None,
-    });
-    if let Some((slot, how)) = live {
-        let backend = forwarding.backend(slot).ok_or(DropReason::NoBackend)?;
-        return Ok(Selected { slot, backend, how });
+    if let Found::Live((slot, backend), _) = context.connections.find(hash, context.now, judge) {
+        return Ok(Selected { slot, backend, how: How::Remembered });
     }
-    let (slot, backend) = pick(flow, service, forwarding)?;
+    let elsewhere = context.peers.iter().find_map(|peer| peer.find(hash, context.now, judge));
+    if let Some((slot, backend)) = elsewhere {
+        return Ok(Selected { slot, backend, how: How::RememberedElsewhere });
+    }
+    let (slot, backend) = pick(flow, forwarding, DropReason::IcmpUnmatched)?;
     Ok(Selected { slot, backend, how: How::Maglev })
 }
 
-/// Asks Maglev, which answers alike on every worker and node (I5).
+/// Asks Maglev, which answers alike on every worker and node (I5). `missing` is the error if there is no such
+/// service.
 #[inline]
 fn pick<'a>(
     flow: &Flow,
-    service: u32,
     forwarding: &'a Forwarding,
+    missing: DropReason,
 ) -> Result<(Slot, &'a Backend), DropReason> {
+    let Vip { address, protocol, port } = vip(flow);
+    let service = forwarding.service_at(address, protocol, port).ok_or(missing)?;
     let hash = flow.key.hash(forwarding.maglev_key());
     let slot = forwarding.service(service).and_then(|service| service.maglev.pick(hash));
     let slot = slot.ok_or(DropReason::NoBackend)?;

@@ -4,18 +4,19 @@
 //! Nothing here blocks, allocates, logs or fails (I7). Every frame leaves by exactly one door: an outbound
 //! burst, or the pool with a counted reason (I1).
 
-use arrayvec::ArrayVec;
+use std::mem;
 
 use crate::{
     connections::{Connections, Reader},
     counters::{Counters, DropReason, Event},
     encap,
     flow::{Flow, HashKey, Kind},
-    forwarding::{Backend, Forwarding, Link},
+    forwarding::{Backend, Forwarding, Link, Slot},
     fragment, parse,
-    port::{BURST, Frame, Inbound, Outbound, Pool, Port},
+    port::{BURST, Frame, Frames, Pool, Port},
     publish::Subscriber,
-    reply::{self, RateLimit},
+    rate_limit::RateLimit,
+    reply,
     select::{self, Context},
     sync::Arc,
     time::Tick,
@@ -44,13 +45,16 @@ pub struct Parts<P> {
     pub icmp_errors_per_s: u32,
 }
 
+/// The number of no port.
+const NO_PORT: u32 = u32::MAX;
+
 /// One polling thread's whole state.
 #[derive(Debug)]
 pub struct Worker<P> {
     ports: Vec<P>,
     links: Vec<usize>,
-    /// Which port a packet for an interface leaves by, by link index.
-    egress: Vec<Option<usize>>,
+    /// Which port a packet for an interface leaves by, or [`NO_PORT`], by link index.
+    egress: Vec<u32>,
     pool: Pool,
     connections: Connections,
     peers: Vec<Reader>,
@@ -58,8 +62,10 @@ pub struct Worker<P> {
     counters: Arc<Counters>,
     hash_key: HashKey,
     icmp_limit: RateLimit,
-    inbound: Inbound,
-    outbound: Vec<Outbound>,
+    inbound: Box<Frames>,
+    outbound: Vec<Box<Frames>>,
+    /// What is known of the packets in `inbound`.
+    packets: Box<[Packet; BURST]>,
 }
 
 impl<P: Port> Worker<P> {
@@ -70,12 +76,14 @@ impl<P: Port> Worker<P> {
     pub fn new(parts: Parts<P>) -> Self {
         assert_eq!(parts.ports.len(), parts.links.len(), "every port belongs to an interface");
         let interfaces = parts.links.iter().max().map_or(0, |most| most + 1);
-        let first_port = |link| parts.links.iter().position(|&l| l == link);
+        let first_port =
+            |link| parts.links.iter().position(|&of| of == link).map_or(NO_PORT, |at| at as u32);
         Self {
             egress: (0..interfaces).map(first_port).collect(),
-            outbound: parts.ports.iter().map(|_| Outbound::new()).collect(),
+            outbound: parts.ports.iter().map(|_| Box::new(Frames::new())).collect(),
             icmp_limit: RateLimit::new(parts.icmp_errors_per_s),
-            inbound: Inbound::new(),
+            inbound: Box::new(Frames::new()),
+            packets: Box::new([const { Packet::NONE }; BURST]),
             ports: parts.ports,
             links: parts.links,
             pool: parts.pool,
@@ -120,54 +128,27 @@ impl<P: Port> Worker<P> {
     fn forward(&mut self, port: usize, now: Tick) {
         // One snapshot per burst: all its packets see the same VIPs and backends (I2).
         let forwarding: &Forwarding = self.published.load();
-        let link = forwarding.link(self.links[port]);
-        for frame in &self.inbound {
-            frame.prefetch();
-        }
-
-        // Parse all before deciding any, so that the connection table's cache misses overlap.
-        let mut flows: ArrayVec<Result<Flow, DropReason>, BURST> = ArrayVec::new();
-        let mut rx_bytes = 0;
-        for frame in &self.inbound {
-            rx_bytes += frame.len() as u64;
-            flows.push(parse::flow(frame.packet()));
-        }
-        // A loop of its own: in one with parsing, flows are copied while still being written, 2 ns a packet.
-        let mut hashes = [0; BURST];
-        for (hash, flow) in hashes.iter_mut().zip(&flows) {
-            if let Ok(flow) = flow {
-                *hash = flow.key.hash(&self.hash_key);
-                self.connections.prefetch(*hash);
-            }
-        }
-        self.counters.count(Event::RxPackets, flows.len() as u64);
-        self.counters.count(Event::RxBytes, rx_bytes);
-
         let mut burst = Burst {
             forwarding,
-            link,
-            ingress: port,
+            link: forwarding.link(self.links[port]),
+            ingress: port as u32,
             egress: &self.egress,
-            context: Context {
-                connections: &mut self.connections,
-                peers: &self.peers,
-                counters: &self.counters,
-                now,
-            },
+            hash_key: self.hash_key,
+            context: Context::new(&mut self.connections, &self.peers, &self.counters, now),
             pool: &mut self.pool,
             outbound: &mut self.outbound,
             icmp_limit: &mut self.icmp_limit,
         };
-        for ((mut frame, flow), hash) in self.inbound.drain(..).zip(&flows).zip(&hashes) {
-            let egress = match flow {
-                Ok(flow) => burst.handle(&mut frame, flow, *hash),
-                Err(reason) => Err(*reason),
-            };
-            match egress {
-                Ok(egress) => burst.send(frame, egress),
-                Err(reason) => burst.discard(frame, reason),
-            }
+        // Each stage goes over the whole burst and asks for the memory that the next one reads, so that
+        // cache misses overlap.
+        for frame in &*self.inbound {
+            frame.prefetch();
         }
+        let packets = &mut self.packets[..self.inbound.len()];
+        burst.parse(&self.inbound, packets);
+        burst.select(packets);
+        burst.encapsulate(&mut self.inbound, packets);
+        burst.dispatch(&mut self.inbound, packets);
     }
 
     /// outbound → tx rings; what they have no room for is dropped.
@@ -214,133 +195,277 @@ impl<P: Port> Worker<P> {
     }
 }
 
-/// What one burst is handled with.
+/// What is known of a packet on its way through the stages.
+#[derive(Debug)]
+struct Packet {
+    flow: Flow,
+    /// The flow's, by the connection tables' key.
+    hash: u64,
+    next: Next,
+}
+
+/// What is to be done with a packet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Next {
+    /// Select a backend.
+    Select,
+    /// Wrap it for the backend in this slot.
+    Tunnel(Slot),
+    /// It is wrapped: send it by this port.
+    Send(u32),
+    /// It is too big for the backend in this slot.
+    Shrink(Slot),
+    /// Answer it.
+    Answer,
+    /// Drop it.
+    Drop(DropReason),
+}
+
+impl Packet {
+    const NONE: Self = Self { flow: Flow::NONE, hash: 0, next: Next::Answer };
+}
+
+/// What one burst is handled with. Its stages are functions of their own, so that each has the registers
+/// to itself.
 struct Burst<'a> {
     forwarding: &'a Forwarding,
     link: Link,
-    ingress: usize,
-    egress: &'a [Option<usize>],
+    ingress: u32,
+    egress: &'a [u32],
+    hash_key: HashKey,
     context: Context<'a>,
     pool: &'a mut Pool,
-    outbound: &'a mut [Outbound],
+    outbound: &'a mut [Box<Frames>],
     icmp_limit: &'a mut RateLimit,
 }
 
-impl Burst<'_> {
-    /// Makes of the frame what is to leave, and says by which port.
-    #[inline]
-    fn handle(&mut self, frame: &mut Frame, flow: &Flow, hash: u64) -> Result<usize, DropReason> {
-        if !self.link.accepts(frame.packet(), flow.kind) {
-            return Err(DropReason::NotForUs);
+impl<'a> Burst<'a> {
+    /// Bytes → meaning.
+    #[inline(never)]
+    fn parse(&self, inbound: &Frames, packets: &mut [Packet]) {
+        let mut total = 0;
+        for (frame, packet) in inbound.iter().zip(packets) {
+            let bytes = frame.packet();
+            total += bytes.len() as u64;
+            if parse::plain_ipv4(bytes, &mut packet.flow) {
+                self.classify(bytes, packet);
+            } else {
+                self.parse_any(bytes, packet);
+            }
         }
-        match flow.kind {
-            Kind::Packet | Kind::IcmpError => self.tunnel(frame, flow, hash),
-            Kind::Echo | Kind::Arp | Kind::NeighbourSolicitation => self.answer(frame, flow),
+        self.context.counters.count(Event::RxPackets, inbound.len() as u64);
+        self.context.counters.count(Event::RxBytes, total);
+    }
+
+    /// Apart, so that the plain packets' way has the registers to itself.
+    #[inline(never)]
+    fn parse_any(&self, bytes: &[u8], packet: &mut Packet) {
+        match parse::any(bytes, &mut packet.flow) {
+            Ok(()) => self.classify(bytes, packet),
+            Err(reason) => packet.next = Next::Drop(reason),
         }
     }
 
-    /// Sends the packet to its backend.
-    #[inline]
-    fn tunnel(&mut self, frame: &mut Frame, flow: &Flow, hash: u64) -> Result<usize, DropReason> {
-        let selected = select::select(flow, hash, self.forwarding, &mut self.context)?;
-        let backend = selected.backend;
-        if !backend.reachable {
-            return Err(DropReason::NextHopUnresolved);
+    /// Says what is next for a parsed packet.
+    #[inline(always)]
+    fn classify(&self, bytes: &[u8], packet: &mut Packet) {
+        let flow = &packet.flow;
+        if !self.link.accepts(bytes, flow.kind) {
+            packet.next = Next::Drop(DropReason::NotForUs);
+            return;
         }
-        let egress = self.egress.get(usize::from(backend.link)).copied().flatten();
-        let egress = egress.ok_or(DropReason::NextHopUnresolved)?;
+        if !matches!(flow.kind, Kind::Packet | Kind::IcmpError) {
+            packet.next = Next::Answer;
+            return;
+        }
+        packet.hash = flow.key.hash(&self.hash_key);
+        self.context.connections.prefetch(packet.hash);
+        packet.next = Next::Select;
+    }
+
+    /// Meaning → backend.
+    #[inline(never)]
+    fn select(&mut self, packets: &mut [Packet]) {
+        for packet in packets {
+            let Packet { flow, hash, next } = packet;
+            if *next == Next::Select {
+                match select::select(flow, *hash, self.forwarding, &mut self.context) {
+                    Ok(selected) => {
+                        selected.backend.template.prefetch();
+                        *next = Next::Tunnel(selected.slot);
+                    }
+                    Err(reason) => *next = Next::Drop(reason),
+                }
+            }
+        }
+    }
+
+    /// Wraps what goes to a backend, in its place: a frame that is patched and then moved waits for its own
+    /// stores.
+    #[inline(never)]
+    fn encapsulate(&mut self, inbound: &mut Frames, packets: &mut [Packet]) {
+        for (frame, packet) in inbound.iter_mut().zip(packets) {
+            if let Next::Tunnel(slot) = packet.next {
+                self.tunnel(frame, packet, slot);
+            }
+        }
+    }
+
+    /// Sends the packet to its backend, if it fits.
+    #[inline(always)]
+    fn tunnel(&self, frame: &mut Frame, packet: &mut Packet, slot: Slot) {
+        let Packet { flow, hash, next } = packet;
+        let Some((backend, port)) = self.reach(slot) else {
+            *next = Next::Drop(DropReason::NextHopUnresolved);
+            return;
+        };
+        let counters = self.context.counters;
         if self.link.partial_checksums && encap::complete_checksum(frame.packet_mut(), flow) {
-            self.context.counters.count(Event::ChecksumsCompleted, 1);
+            counters.count(Event::ChecksumsCompleted, 1);
         }
         if flow.kind == Kind::IcmpError {
-            self.context.counters.count(Event::IcmpErrorsForwarded, 1);
+            counters.count(Event::IcmpErrorsForwarded, 1);
         }
         if flow.ip_len > backend.mtu {
-            return self.too_big(frame, flow, hash, selected.slot, backend, egress);
+            *next = Next::Shrink(slot);
+            return;
         }
-        encap::vxlan(frame, flow, &backend.template, hash)?;
-        self.context.counters.forwarded(selected.slot as usize, frame.len());
-        Ok(egress)
+        if let Err(reason) = encap::vxlan(frame, flow, &backend.template, *hash) {
+            *next = Next::Drop(reason);
+            return;
+        }
+        counters.forwarded(slot as usize, frame.len());
+        *next = Next::Send(port);
+    }
+
+    /// The backend in this slot and the port that it is reached by, if it is.
+    #[inline(always)]
+    fn reach(&self, slot: Slot) -> Option<(&'a Backend, u32)> {
+        let backend = self.forwarding.backend(slot).filter(|backend| backend.reachable)?;
+        let port = *self.egress.get(usize::from(backend.link))?;
+        (port != NO_PORT).then_some((backend, port))
+    }
+
+    /// Hands each frame on.
+    #[inline(never)]
+    fn dispatch(&mut self, inbound: &mut Box<Frames>, packets: &[Packet]) {
+        // Most bursts leave whole: no frame needs to be moved.
+        if let [Packet { next: next @ Next::Send(port), .. }, ..] = packets
+            && packets.iter().all(|packet| packet.next == *next)
+            && let Some(outbound) = self.outbound.get_mut(*port as usize)
+            && outbound.is_empty()
+        {
+            mem::swap(outbound, inbound);
+            return;
+        }
+        for (frame, packet) in inbound.drain(..).zip(packets) {
+            match packet.next {
+                Next::Send(port) => self.send(frame, port),
+                Next::Drop(reason) => self.discard(frame, reason),
+                Next::Answer => self.answer(frame, &packet.flow),
+                Next::Shrink(slot) => self.too_big(frame, packet, slot),
+                Next::Select | Next::Tunnel(_) => self.discard(frame, DropReason::NoBackend),
+            }
+        }
     }
 
     /// The packet does not fit the way to its backend: it is cut if it may be, else its sender is told.
     /// Silence would be a black hole.
     #[cold]
-    fn too_big(
-        &mut self,
-        frame: &mut Frame,
-        flow: &Flow,
-        hash: u64,
-        slot: u32,
-        backend: &Backend,
-        egress: usize,
-    ) -> Result<usize, DropReason> {
-        let Self { context, pool, outbound, .. } = self;
+    fn too_big(&mut self, mut frame: Frame, packet: &Packet, slot: Slot) {
+        let flow = &packet.flow;
+        let Some((backend, port)) = self.reach(slot) else {
+            return self.discard(frame, DropReason::NextHopUnresolved);
+        };
         if fragment::can_cut(flow, backend.mtu) {
-            let outbound = &mut outbound[egress];
-            let each = |mut piece: Frame, flow: Flow, pool: &mut Pool| match encap::vxlan(
-                &mut piece,
-                &flow,
-                &backend.template,
-                hash,
-            ) {
-                Ok(()) => {
-                    context.counters.forwarded(slot as usize, piece.len());
-                    push(outbound, piece, pool, context.counters);
-                }
-                Err(reason) => drop_frame(piece, reason, pool, context.counters),
-            };
-            let last = fragment::cut(frame, flow, backend.mtu, pool, each);
-            let last = last.ok_or(DropReason::NoFrame)?;
-            context.counters.count(Event::Fragmented, 1);
-            encap::vxlan(frame, &last, &backend.template, hash)?;
-            context.counters.forwarded(slot as usize, frame.len());
-            return Ok(egress);
+            return self.fragment(frame, packet, slot, backend, port);
         }
         // Never an error about an error, RFC 1122 section 3.2.2.
         let tell = flow.kind != Kind::IcmpError && can_be_answered(flow);
-        if !tell || !self.icmp_limit.take(self.context.now) {
-            return Err(DropReason::TooBigSilent);
+        if !tell || !self.icmp_limit.take(self.context.now()) {
+            return self.discard(frame, DropReason::TooBigSilent);
         }
-        reply::too_big(frame, flow, self.link.mac, backend.mtu)?;
+        if let Err(reason) = reply::too_big(&mut frame, flow, self.link.mac, backend.mtu) {
+            return self.discard(frame, reason);
+        }
         self.context.counters.dropped(DropReason::TooBig);
         self.context.counters.count(Event::TooBigSent, 1);
-        Ok(self.ingress)
+        self.send(frame, self.ingress);
+    }
+
+    /// Sends the packet to its backend in pieces.
+    fn fragment(
+        &mut self,
+        mut frame: Frame,
+        packet: &Packet,
+        slot: Slot,
+        backend: &Backend,
+        port: u32,
+    ) {
+        let Self { context, pool, outbound, .. } = self;
+        let mut each = |mut piece: Frame, flow: Flow, pool: &mut Pool| match encap::vxlan(
+            &mut piece,
+            &flow,
+            &backend.template,
+            packet.hash,
+        ) {
+            Ok(()) => {
+                context.counters.forwarded(slot as usize, piece.len());
+                push(outbound, port, piece, pool, context.counters);
+            }
+            Err(reason) => drop_frame(piece, reason, pool, context.counters),
+        };
+        match fragment::cut(&mut frame, &packet.flow, backend.mtu, pool, &mut each) {
+            Some(last) => {
+                each(frame, last, pool);
+                context.counters.count(Event::Fragmented, 1);
+            }
+            None => self.discard(frame, DropReason::NoFrame),
+        }
     }
 
     /// Answers for the VIP.
     #[cold]
-    fn answer(&mut self, frame: &mut Frame, flow: &Flow) -> Result<usize, DropReason> {
+    fn answer(&mut self, mut frame: Frame, flow: &Flow) {
+        match self.write_answer(&mut frame, flow) {
+            Ok(event) => {
+                self.context.counters.count(event, 1);
+                self.send(frame, self.ingress);
+            }
+            Err(reason) => self.discard(frame, reason),
+        }
+    }
+
+    /// Makes the question the answer.
+    fn write_answer(&self, frame: &mut Frame, flow: &Flow) -> Result<Event, DropReason> {
         let own = self.link.mac;
         let is_vip = self.forwarding.is_vip(flow.key.dst);
         let owner = is_vip && self.forwarding.answer_arp();
-        let event = match flow.kind {
+        match flow.kind {
             Kind::Echo if is_vip && can_be_answered(flow) => {
                 reply::echo(frame, flow, own);
-                Event::EchoReplies
+                Ok(Event::EchoReplies)
             }
             Kind::Arp if owner => {
                 reply::arp(frame, flow, own)?;
-                Event::NeighbourReplies
+                Ok(Event::NeighbourReplies)
             }
             Kind::NeighbourSolicitation if owner => {
                 reply::neighbour(frame, flow, own)?;
-                Event::NeighbourReplies
+                Ok(Event::NeighbourReplies)
             }
-            Kind::Arp => return Err(DropReason::NotIp),
-            Kind::NeighbourSolicitation => return Err(DropReason::UnknownProtocol),
-            _ => return Err(DropReason::NoService),
-        };
-        self.context.counters.count(event, 1);
-        Ok(self.ingress)
+            Kind::Arp => Err(DropReason::NotIp),
+            Kind::NeighbourSolicitation => Err(DropReason::UnknownProtocol),
+            _ => Err(DropReason::NoService),
+        }
     }
 
-    #[inline]
-    fn send(&mut self, frame: Frame, egress: usize) {
-        push(&mut self.outbound[egress], frame, self.pool, self.context.counters);
+    #[inline(always)]
+    fn send(&mut self, frame: Frame, port: u32) {
+        push(self.outbound, port, frame, self.pool, self.context.counters);
     }
 
-    #[inline]
+    #[inline(always)]
     fn discard(&mut self, frame: Frame, reason: DropReason) {
         drop_frame(frame, reason, self.pool, self.context.counters);
     }
@@ -351,14 +476,21 @@ fn can_be_answered(flow: &Flow) -> bool {
     flow.key.src.is_host() && flow.key.src != flow.key.dst
 }
 
-#[inline]
-fn push(outbound: &mut Outbound, frame: Frame, pool: &mut Pool, counters: &Counters) {
-    if let Err(full) = outbound.try_push(frame) {
+/// Appends to what leaves by this port.
+#[inline(always)]
+fn push(
+    outbound: &mut [Box<Frames>],
+    port: u32,
+    frame: Frame,
+    pool: &mut Pool,
+    counters: &Counters,
+) {
+    if let Err(full) = outbound[port as usize].try_push(frame) {
         drop_frame(full.element(), DropReason::TxRingFull, pool, counters);
     }
 }
 
-#[inline]
+#[inline(never)]
 fn drop_frame(frame: Frame, reason: DropReason, pool: &mut Pool, counters: &Counters) {
     counters.dropped(reason);
     pool.put(frame);

@@ -19,7 +19,7 @@ use std::{
 use dataplane::{
     flow::{Address, protocol},
     port::{
-        Frame, HEADROOM, Inbound, Outbound, Pool, Port,
+        Frame, Frames, HEADROOM, Pool, Port,
         xsk::{self, CopyMode, HugePages, Settings, XskError, XskPort},
     },
     steer::{ANSWER_ARP, DEFAULT_CAPACITY, Key, Mode, Steer, SteerError},
@@ -206,9 +206,9 @@ fn open(mode: Mode) -> (Vec<XskPort>, Pool, Steer) {
 }
 
 /// What a port receives within half a second, or nothing.
-fn receive(port: &mut XskPort) -> Inbound {
+fn receive(port: &mut XskPort) -> Frames {
     let deadline = Instant::now() + Duration::from_millis(500);
-    let mut inbound = Inbound::new();
+    let mut inbound = Frames::new();
     while inbound.is_empty() && Instant::now() < deadline {
         xsk::wait(std::slice::from_ref(port), 50).unwrap();
         port.receive(&mut inbound);
@@ -217,7 +217,7 @@ fn receive(port: &mut XskPort) -> Inbound {
 }
 
 /// Sends all frames, and waits until they are back in the pool.
-fn transmit(port: &mut XskPort, pool: &mut Pool, mut outbound: Outbound) {
+fn transmit(port: &mut XskPort, pool: &mut Pool, mut outbound: Frames) {
     let deadline = Instant::now() + Duration::from_secs(2);
     port.transmit(&mut outbound);
     assert!(outbound.is_empty(), "the ring has room");
@@ -227,7 +227,7 @@ fn transmit(port: &mut XskPort, pool: &mut Pool, mut outbound: Outbound) {
     }
 }
 
-fn give_back(pool: &mut Pool, inbound: Inbound) {
+fn give_back(pool: &mut Pool, inbound: Frames) {
     inbound.into_iter().for_each(|frame| pool.put(frame));
 }
 
@@ -413,7 +413,7 @@ fn a_packet_received_at_one_port_leaves_another_with_a_longer_front() {
                 expected.drain(..-grow as usize);
             }
             assert_eq!(total(&ports, &pool), 511, "one is in our hands");
-            transmit(&mut ports[1], &mut pool, Outbound::from_iter([packet]));
+            transmit(&mut ports[1], &mut pool, Frames::from_iter([packet]));
             assert_eq!(wire.seen("b1", 1.0), [hex(&expected)], "grown by {grow}");
             assert_eq!(total(&ports, &pool), 512);
         }
@@ -436,7 +436,7 @@ fn a_full_ring_takes_what_fits_and_gets_rid_of_it() {
         };
         // The interface is down, so that a kick sends nothing and the ring of 128 fills up.
         ip("link set b0 down");
-        let mut outbound: Outbound = (0..128).map(|number| packet(&mut pool, number)).collect();
+        let mut outbound: Frames = (0..128).map(|number| packet(&mut pool, number)).collect();
         outbound.pop().into_iter().for_each(|last| pool.put(last));
         ports[1].transmit(&mut outbound);
         assert_eq!((outbound.len(), ports[1].in_flight()), (0, 127));
@@ -446,7 +446,7 @@ fn a_full_ring_takes_what_fits_and_gets_rid_of_it() {
         assert_eq!(outbound[0].packet()[0], 201, "the first is taken first");
 
         ip("link set b0 up");
-        transmit(&mut ports[1], &mut pool, Outbound::new());
+        transmit(&mut ports[1], &mut pool, Frames::new());
         let seen = wire.seen("b1", 1.0);
         let first_bytes = seen.iter().map(|frame| u8::from_str_radix(&frame[..2], 16).unwrap());
         assert!(first_bytes.eq((0..127).chain([200])), "all, in order: {seen:?}");
@@ -460,11 +460,11 @@ fn an_interface_that_goes_away_hurts_nobody() {
         ip("link del b0");
         let mut frame = pool.take().unwrap();
         frame.set_len(60);
-        let mut outbound = Outbound::from_iter([frame]);
+        let mut outbound = Frames::from_iter([frame]);
         ports[1].transmit(&mut outbound);
         ports[1].reclaim(&mut pool);
         ports[1].refill(&mut pool);
-        ports[1].receive(&mut Inbound::new());
+        ports[1].receive(&mut Frames::new());
         assert!(ports[1].statistics().unwrap().kick_errors > 0);
         assert!(!xsk::wait(&ports, 10).unwrap());
     });

@@ -1,6 +1,6 @@
 //! An AF_XDP forwarder that does no work, to compare Wiremesh with: same ports, settings and
-//! steering, but a packet only gets other MAC addresses. Runs on the core that it was started on,
-//! until it is killed. What Wiremesh costs beyond it is Wiremesh's own.
+//! steering and sleep, but a packet only gets other MAC addresses. Runs on the core that it was started
+//! on, until it is killed. What Wiremesh costs beyond it is Wiremesh's own.
 
 use std::{
     error::Error,
@@ -14,20 +14,15 @@ use clap::Parser;
 use dataplane::{
     flow::{Address, protocol},
     port::{
-        Frame, Inbound, Outbound, Port,
-        xsk::{self, Settings},
+        Frame, Frames, Port,
+        xsk::{self, Rest, Settings},
     },
     steer::{DEFAULT_CAPACITY, Key, Mode, Steer},
     wire::ethernet::MacAddr,
 };
 
-/// The daemon's defaults: frames of each queue, places of each ring, frames of one kick, spinning.
-const FRAMES: u32 = 2 * 4096;
-const RING: u32 = 2048;
-const TX_BUDGET: u32 = 128;
-const SPIN: Duration = Duration::from_micros(50);
-const SLEEP_MS: i32 = 100;
-const SLEEP_IN_FLIGHT_MS: i32 = 1;
+/// One of each interface.
+const QUEUES: NonZeroU32 = NonZeroU32::new(2).unwrap();
 
 /// Forwards a VIP's packets between two interfaces, as they are.
 #[derive(Parser)]
@@ -42,6 +37,18 @@ struct Arguments {
     vip: IpAddr,
     /// Their port, of UDP and TCP
     port: u16,
+    /// UMEM chunks for each queue, as the daemon's setting of that name
+    #[arg(long)]
+    frames_per_queue: NonZeroU32,
+    /// Places in each of a queue's rings, likewise
+    #[arg(long)]
+    ring_size: u32,
+    /// Frames that one system call may send, likewise
+    #[arg(long)]
+    tx_budget: u32,
+    /// How long it spins before it sleeps, likewise
+    #[arg(long)]
+    idle_spin_us: u64,
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -56,13 +63,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     // A program on both, as the daemon has it: it changes how veth delivers.
     let mut steer = Steer::attach(ingress, Mode::Native, DEFAULT_CAPACITY)?;
     let _egress = Steer::attach(egress, Mode::Native, DEFAULT_CAPACITY)?;
+    let ring = arguments.ring_size;
     let settings = Settings {
-        frame_count: NonZeroU32::new(FRAMES).ok_or("no frames")?,
-        rx_ring: RING,
-        tx_ring: RING,
-        fill_ring: RING,
-        completion_ring: RING,
-        tx_budget: TX_BUDGET,
+        frame_count: arguments.frames_per_queue.saturating_mul(QUEUES),
+        rx_ring: ring,
+        tx_ring: ring,
+        fill_ring: ring,
+        completion_ring: ring,
+        tx_budget: arguments.tx_budget,
         ..Settings::default()
     };
     let (mut ports, mut pool, _reports) = xsk::open(&settings, &[(ingress, 0), (egress, 0)])?;
@@ -73,32 +81,31 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     println!("ready");
 
-    let (mut inbound, mut outbound) = (Inbound::new(), Outbound::new());
-    let mut busy = Instant::now();
+    let mut burst = Frames::new();
+    let spin = Duration::from_micros(arguments.idle_spin_us);
+    let mut rest = Rest::new(spin, Instant::now());
     loop {
         let mut received = 0;
         // Every port has its turn, as with the daemon; only one ever receives something.
         for port in 0..ports.len() {
             ports[port].reclaim(&mut pool);
-            ports[port].receive(&mut inbound);
+            ports[port].receive(&mut burst);
             ports[port].refill(&mut pool);
-            if inbound.is_empty() {
+            if burst.is_empty() {
                 continue;
             }
-            received += inbound.len();
-            inbound.iter().for_each(Frame::prefetch);
-            for mut frame in inbound.drain(..) {
+            received += burst.len();
+            burst.iter().for_each(Frame::prefetch);
+            // In their place, as the worker does where all leave by one port: moving them costs time, too.
+            for frame in &mut burst {
                 frame.packet_mut()[..12].copy_from_slice(&addresses);
-                outbound.push(frame);
             }
-            ports[1].transmit(&mut outbound);
-            outbound.drain(..).for_each(|frame| pool.put(frame));
+            ports[1].transmit(&mut burst);
+            burst.drain(..).for_each(|frame| pool.put(frame));
         }
-        if received > 0 {
-            busy = Instant::now();
-        } else if busy.elapsed() >= SPIN {
-            let in_flight = ports.iter().any(|port| port.in_flight() > 0);
-            xsk::wait(&ports, if in_flight { SLEEP_IN_FLIGHT_MS } else { SLEEP_MS })?;
+        let in_flight = || ports.iter().map(Port::in_flight).sum();
+        if let Some(timeout_ms) = rest.after(received, in_flight, Instant::now()) {
+            xsk::wait(&ports, timeout_ms)?;
         }
     }
 }

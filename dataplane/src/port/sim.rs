@@ -4,7 +4,7 @@
 //! methods here for tests, replay and benchmarks. It goes through the same descriptors for each frame as
 //! the real one, and can hold frames back as a kernel would.
 
-use super::{BURST, Frame, HEADROOM, Inbound, Outbound, Pool, Port};
+use super::{BURST, Frame, Frames, HEADROOM, Pool, Port};
 
 /// What stands in a ring: a chunk's number, and where in it the packet lies.
 #[derive(Clone, Copy, Debug, Default)]
@@ -47,13 +47,16 @@ impl Ring {
 
     #[inline]
     fn pop(&mut self) -> Option<Descriptor> {
-        if self.len() == 0 {
-            return None;
-        }
+        self.pop_up_to(1).next()
+    }
+
+    /// Takes out so many descriptors, or all there are.
+    #[inline]
+    fn pop_up_to(&mut self, count: usize) -> impl ExactSizeIterator<Item = Descriptor> {
+        let first = self.consumed;
+        self.consumed += count.min(self.len());
         let mask = self.slots.len() - 1;
-        let descriptor = self.slots[self.consumed & mask];
-        self.consumed += 1;
-        Some(descriptor)
+        (first..self.consumed).map(move |at| self.slots[at & mask])
     }
 }
 
@@ -141,61 +144,62 @@ impl SimPort {
         self.completion.push(descriptor);
         Some(result)
     }
+}
 
-    #[inline]
-    fn frame(&mut self, descriptor: Descriptor) -> Frame {
-        let chunk = self.chunks[descriptor.index as usize].take().expect("held, so it is here");
-        self.held -= 1;
-        let mut frame = Frame::new(descriptor.index, chunk);
-        frame.set(descriptor.start.into(), descriptor.len.into());
-        frame
-    }
+/// Takes a chunk back from the kernel.
+#[inline]
+fn take(chunks: &mut [Option<&'static mut [u8]>], Descriptor { index, .. }: Descriptor) -> Frame {
+    let chunk = chunks[index as usize].take().expect("held, so it is here");
+    Frame { chunk, index, start: 0, len: 0 }
+}
 
-    #[inline]
-    fn hold(&mut self, frame: Frame) -> Descriptor {
-        let (start, len) = (frame.start() as u16, frame.len() as u16);
-        let (index, chunk) = frame.into_chunk();
-        self.chunks[index as usize] = Some(chunk);
-        self.held += 1;
-        Descriptor { index, start, len }
-    }
+/// Gives a chunk to the kernel.
+#[inline]
+fn give(chunks: &mut [Option<&'static mut [u8]>], frame: Frame) -> Descriptor {
+    let Frame { chunk, index, start, len } = frame;
+    chunks[index as usize] = Some(chunk);
+    Descriptor { index, start, len }
 }
 
 impl Port for SimPort {
     #[inline]
     fn reclaim(&mut self, pool: &mut Pool) {
-        while let Some(descriptor) = self.completion.pop() {
-            self.in_flight -= 1;
-            let frame = self.frame(descriptor);
-            pool.put(frame);
+        let descriptors = self.completion.pop_up_to(usize::MAX);
+        self.held -= descriptors.len();
+        self.in_flight -= descriptors.len();
+        for descriptor in descriptors {
+            pool.put(take(&mut self.chunks, descriptor));
         }
     }
 
     #[inline]
-    fn receive(&mut self, inbound: &mut Inbound) {
-        while inbound.len() < self.burst {
-            let Some(descriptor) = self.rx.pop() else { return };
-            let frame = self.frame(descriptor);
-            inbound.push(frame);
-        }
+    fn receive(&mut self, inbound: &mut Frames) {
+        let descriptors = self.rx.pop_up_to(self.burst);
+        self.held -= descriptors.len();
+        inbound.extend(descriptors.map(|descriptor| {
+            let mut frame = take(&mut self.chunks, descriptor);
+            frame.set(descriptor.start.into(), descriptor.len.into());
+            frame
+        }));
     }
 
     #[inline]
     fn refill(&mut self, pool: &mut Pool) {
-        while self.fill.free() > 0 {
+        let count = self.fill.free().min(pool.len());
+        self.held += count;
+        for _ in 0..count {
             let Some(frame) = pool.take() else { return };
-            let descriptor = self.hold(frame);
-            self.fill.push(descriptor);
+            self.fill.push(give(&mut self.chunks, frame));
         }
     }
 
     #[inline]
-    fn transmit(&mut self, outbound: &mut Outbound) {
+    fn transmit(&mut self, outbound: &mut Frames) {
         let count = outbound.len().min(self.tx.free());
+        self.held += count;
+        self.in_flight += count;
         for frame in outbound.drain(..count) {
-            let descriptor = self.hold(frame);
-            self.tx.push(descriptor);
-            self.in_flight += 1;
+            self.tx.push(give(&mut self.chunks, frame));
         }
     }
 

@@ -5,10 +5,11 @@
 //! reference to its chunk dies before the descriptor enters a ring (`Frame::into_chunk`), and a new
 //! one is made when the kernel hands the descriptor back.
 //!
-//! `open` holds the rest: settings, binding, and what to say when the kernel refuses.
+//! `open` holds the settings, binding, and what to say when the kernel refuses; `rest` says when to sleep.
 #![allow(unsafe_code)]
 
 mod open;
+mod rest;
 
 use std::{
     io, iter, mem,
@@ -25,8 +26,11 @@ use xsk_rs::{
     config::{BindFlags, Interface, LibxdpFlags, SocketConfig},
 };
 
-pub use self::open::{BindReport, BusyPoll, CopyMode, HugePages, Settings, XskError, open};
-use super::{BURST, Frame, HEADROOM, Inbound, OUTBOUND, Outbound, Pool, Port};
+pub use self::{
+    open::{BindReport, BusyPoll, CopyMode, HugePages, Settings, XskError, open},
+    rest::{Rest, SLEEP_MS},
+};
+use super::{BURST, Frame, Frames, HEADROOM, OUTBOUND, Pool, Port};
 
 /// Start offsets of transmitted packets that move no byte; any other costs a `memmove`.
 ///
@@ -84,7 +88,8 @@ struct Memory {
     umem: Umem,
     /// Where the first chunk is mapped. An address, so that threads may share the rest.
     base: usize,
-    chunk_len: usize,
+    /// A chunk's length, as a power of two, lest every frame cost a division.
+    chunk_shift: u32,
     minted: Minted,
 }
 
@@ -97,7 +102,13 @@ impl Memory {
         // SAFETY: the descriptor is this UMEM's, and nothing of it is in use yet.
         let first = unsafe { umem.headroom(&descs[0]) };
         let base = first.contents().as_ptr().addr();
-        Ok(Self { umem, base, chunk_len: config.frame_size().get() as usize, minted })
+        Ok(Self { umem, base, chunk_shift: config.frame_size().get().ilog2(), minted })
+    }
+
+    /// Bytes of a chunk.
+    #[inline]
+    fn chunk_len(&self) -> usize {
+        1 << self.chunk_shift
     }
 
     /// The frame whose packet is at `address` of the UMEM.
@@ -106,15 +117,15 @@ impl Memory {
     /// The UMEM is never freed, no frame over this chunk exists, and its descriptor is in no ring.
     #[inline]
     unsafe fn frame(&self, address: usize, len: usize) -> Frame {
-        let index = address / self.chunk_len;
+        let index = address >> self.chunk_shift;
         assert!(index < self.at(HEADROOM).len(), "the kernel names a chunk of ours");
-        let chunk = ptr::with_exposed_provenance_mut(self.base + index * self.chunk_len);
+        let chunk = ptr::with_exposed_provenance_mut(self.base + (index << self.chunk_shift));
         // SAFETY: the bytes lie within the UMEM's mapping, as just asserted; its provenance was
         // exposed when it was handed to libxdp. The caller promises that it stays, and that nobody
         // else refers to them.
-        let chunk = unsafe { slice::from_raw_parts_mut(chunk, self.chunk_len) };
+        let chunk = unsafe { slice::from_raw_parts_mut(chunk, self.chunk_len()) };
         let mut frame = Frame::new(index as u32, chunk);
-        frame.set(address % self.chunk_len, len);
+        frame.set(address & (self.chunk_len() - 1), len);
         frame
     }
 
@@ -128,7 +139,7 @@ impl Memory {
     /// grown.
     #[inline]
     fn fits(&self, frame: &Frame) -> bool {
-        FIRST_START + frame.len() <= self.chunk_len
+        FIRST_START + frame.len() <= self.chunk_len()
     }
 
     /// The number of a frame's chunk, whose only reference ends here.
@@ -138,7 +149,7 @@ impl Memory {
     #[inline]
     fn chunk_of(&self, frame: Frame) -> usize {
         let (index, chunk) = frame.into_chunk();
-        let ours = self.base + index as usize * self.chunk_len;
+        let ours = self.base + ((index as usize) << self.chunk_shift);
         assert_eq!(chunk.as_ptr().addr(), ours, "a port is given frames of its own UMEM");
         index as usize
     }
@@ -160,7 +171,7 @@ impl Memory {
     #[cold]
     fn shift(&self, frame: &mut Frame) {
         let (from, len) = (frame.start(), frame.len());
-        let room = STARTS.into_iter().filter(|start| start + len <= self.chunk_len);
+        let room = STARTS.into_iter().filter(|start| start + len <= self.chunk_len());
         let start = room.min_by_key(|start| start.abs_diff(from)).expect("the packet fits");
         frame.chunk.copy_within(from..from + len, start);
         frame.set(start, len);
@@ -375,10 +386,9 @@ impl Port for XskPort {
     }
 
     #[inline]
-    fn receive(&mut self, inbound: &mut Inbound) {
-        let room = inbound.remaining_capacity();
+    fn receive(&mut self, inbound: &mut Frames) {
         // SAFETY: the descriptors come from a socket over this UMEM.
-        let received = unsafe { self.rx.consume(&mut self.descs[..room]) };
+        let received = unsafe { self.rx.consume(&mut self.descs) };
         self.receiving -= received;
         for desc in &self.descs[..received] {
             // SAFETY: the kernel is done with the chunk, and its frame died in `refill`.
@@ -406,7 +416,7 @@ impl Port for XskPort {
     }
 
     #[inline]
-    fn transmit(&mut self, outbound: &mut Outbound) {
+    fn transmit(&mut self, outbound: &mut Frames) {
         let room = self.tx.nb_free(outbound.len() as u32) as usize;
         let memory = &self.memory;
         let count = outbound.iter().take(room).take_while(|frame| memory.fits(frame)).count();

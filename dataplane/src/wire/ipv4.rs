@@ -56,6 +56,12 @@ impl Header {
         usize::from(self.version_ihl & 0x0f) * 4
     }
 
+    /// Whether routers may not fragment it.
+    #[inline]
+    pub fn dont_fragment(&self) -> bool {
+        self.flags_fragment.get() & DONT_FRAGMENT != 0
+    }
+
     /// Whether it is one fragment of several, first and last included.
     #[inline]
     pub fn is_fragment(&self) -> bool {

@@ -8,32 +8,20 @@ use dataplane::{
 };
 use etherparse::{
     ArpEthIpv4Packet, ArpOperation, Icmpv4Type, Icmpv6Type, NetSlice, SlicedPacket, TransportSlice,
-    VlanId, icmpv4::DestUnreachableHeader,
+    icmpv4::DestUnreachableHeader,
 };
 use proptest::prelude::*;
 
 use crate::{
     packets::{
         self, ACK, L4, Packet, any_packet, arp_request, decapsulate, icmp_error, naive_sum,
-        octets4, octets6, solicitation,
+        octets4, octets6, solicitation, tag,
     },
     rig::{
         BackendSpec, CLIENT_MAC, CLIENT4, CLIENT6, Equipment, Rig, VIP4, VIP6, World, backend,
         counts, ip, node_mac,
     },
 };
-
-/// Puts VLAN tags into a frame that has none.
-fn tag(frame: &[u8], vlans: &[u16]) -> Vec<u8> {
-    let mut bytes = frame[..12].to_vec();
-    for (i, vlan) in vlans.iter().enumerate() {
-        let outer_of_two = i + 1 < vlans.len();
-        bytes.extend(if outer_of_two { [0x88, 0xa8] } else { [0x81, 0x00] });
-        bytes.extend(VlanId::try_new(*vlan).unwrap().value().to_be_bytes());
-    }
-    bytes.extend(&frame[12..]);
-    bytes
-}
 
 /// An answer, judged by etherparse as far as all answers are alike: back the way the question came.
 struct Answer<'a> {
@@ -453,7 +441,7 @@ fn a_solicitation_too_close_to_the_end_of_its_frame_for_the_answer_is_dropped() 
     let packet = solicitation("::", VIP6, false, 255);
     for (room, replies) in [(8, 1), (7, 0)] {
         let mut rig = Rig::new(&web_that_answers_arp());
-        assert!(rig.worker.ports_mut()[0].deliver_at(4096 - packet.len() - room, &packet));
+        assert!(rig.deliver_at(0, 4096 - packet.len() - room, &packet));
         rig.turn();
         assert_eq!(rig.event(Event::NeighbourReplies), replies);
         assert_eq!(rig.drops(DropReason::NoHeadroom), 1 - replies);

@@ -1,12 +1,14 @@
-//! Encapsulation, undone by etherparse: the backend gets the client's packet, byte for byte.
+//! Encapsulation, undone by etherparse: the backend gets the client's packet, byte for byte. And done by
+//! it, on any packet that parses.
 
-use std::collections::HashSet;
+use std::{cell::RefCell, collections::HashSet, panic::AssertUnwindSafe};
 
 use dataplane::{
     counters::{DropReason, Event},
-    encap::Tunnel,
-    flow::FlowKey,
+    encap::{self, Template, Tunnel},
+    flow::{FlowKey, Kind},
     parse,
+    port::Frame,
 };
 use etherparse::{SlicedPacket, TransportSlice};
 use proptest::prelude::*;
@@ -16,7 +18,9 @@ use crate::{
         self, ACK, Inner, L4, Packet, any_packet, decapsulate, icmp_error, octets6,
         transport_checksum_is_right,
     },
+    reference::{output, parse::Meaning},
     rig::{BackendSpec, Rig, SCTP, VIP4, VIP6, World, backend, hash_key, ip, vip},
+    script::Script,
 };
 
 /// Any tunnel that a configuration can ask for.
@@ -118,6 +122,53 @@ proptest! {
 }
 
 #[test]
+fn any_packet_is_encapsulated_as_by_the_reference() {
+    const CHUNK: usize = 4096;
+    let frame = RefCell::new(Frame::new(0, vec![0; CHUNK].leak()));
+    let frame = AssertUnwindSafe(frame);
+    bolero::check!().for_each(move |input: &[u8]| {
+        let frame = &mut *frame.borrow_mut();
+        let mut script = Script(input);
+        let (tunnel, hash, start) = (script.tunnel(), script.number(), script.byte().into());
+        let mut packet = script.frame();
+        packet.truncate(CHUNK - start);
+        let Ok(flow) = parse::flow(&packet) else { return };
+        if !matches!(flow.kind, Kind::Packet | Kind::IcmpError) {
+            return;
+        }
+        frame.set(0, CHUNK);
+        frame.packet_mut().fill(0xa5);
+        let mut chunk = frame.packet().to_vec();
+        frame.set(start, packet.len());
+        frame.packet_mut().copy_from_slice(&packet);
+
+        let meaning = Meaning::from(flow);
+        let ip = &mut packet[meaning.ip.clone()];
+        let completed = output::completed(&meaning, ip);
+        assert_eq!(encap::complete_checksum(frame.packet_mut(), &flow), completed.is_some());
+        if let Some(completed) = completed {
+            ip.copy_from_slice(&completed);
+        }
+        let forms = output::encapsulated(&tunnel, &meaning, ip, hash);
+        let header_len = forms[0].len() - ip.len();
+        chunk[start..start + packet.len()].copy_from_slice(&packet);
+
+        let result = encap::vxlan(frame, &flow, &Template::render(&tunnel).unwrap(), hash);
+        let Some(at) = (start + meaning.ip.start).checked_sub(header_len) else {
+            assert_eq!(result, Err(DropReason::NoHeadroom));
+            return;
+        };
+        assert_eq!((result, frame.start(), frame.len()), (Ok(()), at, forms[0].len()));
+        frame.set(0, CHUNK);
+        let is_it = |form: &Vec<u8>| {
+            chunk[at..at + form.len()].copy_from_slice(form);
+            chunk == frame.packet() // and nothing else was written
+        };
+        assert!(forms.iter().any(is_it), "{:02x?}", &frame.packet()[at..]);
+    });
+}
+
+#[test]
 fn source_ports_of_many_flows_are_spread_over_the_whole_range() {
     let spec = backend(1);
     let mut rig = Rig::new(&World::new().web4(std::slice::from_ref(&spec)));
@@ -143,7 +194,7 @@ fn a_frame_without_room_in_front_is_dropped() {
     // 14 bytes go, 64 come: 50 are needed in front.
     for (start, drops) in [(49, 1), (50, 0)] {
         let mut rig = Rig::new(&World::new().web4(&[backend(1)]));
-        assert!(rig.worker.ports_mut()[0].deliver_at(start, &packets::v4(1, ACK).bytes()));
+        assert!(rig.deliver_at(0, start, &packets::v4(1, ACK).bytes()));
         rig.turn();
         assert_eq!(rig.drops(DropReason::NoHeadroom), drops);
         assert_eq!(rig.encapsulated(), 1 - drops);

@@ -7,6 +7,8 @@ mod connections;
 mod encap;
 mod packets;
 mod parse;
+mod reference;
 mod rig;
+mod script;
 mod selection;
 mod turn;

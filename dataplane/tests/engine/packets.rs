@@ -11,7 +11,10 @@ use etherparse::{
 };
 use proptest::prelude::*;
 
-use crate::rig::{CLIENT_MAC, CLIENT4, CLIENT6, VIP4, VIP6, ip, node_mac};
+use crate::{
+    reference::parse::pseudo_header,
+    rig::{CLIENT_MAC, CLIENT4, CLIENT6, VIP4, VIP6, ip, node_mac},
+};
 
 /// A transport header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -250,16 +253,8 @@ impl Packet {
         bytes
     }
 
-    /// RFC 9293 section 3.1 and RFC 8200 section 8.1.
     fn pseudo_header(&self, l4_len: usize) -> Vec<u8> {
-        let mut pseudo = match (self.src.ip(), self.dst.ip()) {
-            (IpAddr::V4(src), IpAddr::V4(dst)) => [src.octets(), dst.octets()].concat(),
-            (IpAddr::V6(src), IpAddr::V6(dst)) => [src.octets(), dst.octets()].concat(),
-            _ => panic!("one family"),
-        };
-        pseudo.extend((l4_len as u32).to_be_bytes());
-        pseudo.extend([0, 0, 0, self.number()]);
-        pseudo
+        pseudo_header(self.src.ip(), self.dst.ip(), self.number(), l4_len)
     }
 }
 
@@ -341,6 +336,31 @@ pub fn solicitation(src: &str, target: &str, with_option: bool, hop_limit: u8) -
         .write(&mut bytes, &body)
         .unwrap();
     bytes
+}
+
+/// Puts VLAN tags into a frame that has none.
+pub fn tag(frame: &[u8], vlans: &[u16]) -> Vec<u8> {
+    let mut bytes = frame[..12].to_vec();
+    for (i, vlan) in vlans.iter().enumerate() {
+        let outer_of_two = i + 1 < vlans.len();
+        bytes.extend(if outer_of_two { [0x88, 0xa8] } else { [0x81, 0x00] });
+        bytes.extend(VlanId::try_new(*vlan).unwrap().value().to_be_bytes());
+    }
+    bytes.extend(&frame[12..]);
+    bytes
+}
+
+/// Rights the checksum of the ICMPv6 message in the IPv6 packet at `at`, without extension headers.
+pub fn seal_icmpv6(frame: &mut [u8], at: usize) {
+    let (header, message) = frame[at..].split_at_mut(40);
+    let address = |at: usize| {
+        let octets: [u8; 16] = header[at..at + 16].try_into().unwrap();
+        IpAddr::from(octets)
+    };
+    message[2..4].fill(0);
+    let pseudo = pseudo_header(address(8), address(24), 58, message.len());
+    let checksum = !naive_sum(&[&pseudo, &*message].concat());
+    message[2..4].copy_from_slice(&checksum.to_be_bytes());
 }
 
 /// An IPv4 address in network byte order.

@@ -1,8 +1,14 @@
 //! A mesh node in memory: a worker over ports of `sim`, and the network around it.
 //!
-//! What always holds is asserted after every turn here, so that no test can forget it.
+//! What always holds is asserted after every turn here, so that no test can forget it; and that the turn
+//! did what the reference allows.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    net::IpAddr,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    sync::Arc,
+};
 
 use dataplane::{
     connections::{Connections, Reader, Timeouts},
@@ -11,12 +17,17 @@ use dataplane::{
     flow::{Address, HashKey, protocol},
     forwarding::{Backend, Common, Forwarding, Link, Service, Slot, Vip},
     maglev::{Candidate, Maglev, Size},
-    port::sim::{self, SimPort},
+    port::{
+        HEADROOM,
+        sim::{self, SimPort},
+    },
     publish::{Publisher, Subscriber},
     time::Tick,
     wire::ethernet::MacAddr,
     worker::{Parts, Worker},
 };
+
+use crate::reference::node::Node;
 
 pub const TCP: u8 = protocol::TCP;
 pub const UDP: u8 = protocol::UDP;
@@ -175,6 +186,8 @@ pub struct Equipment {
     pub links: Vec<usize>,
     pub icmp_errors_per_s: u32,
     pub connections: usize,
+    pub admissions_per_s: u32,
+    pub timeouts: Timeouts,
     pub peers: Vec<Reader>,
 }
 
@@ -187,6 +200,8 @@ impl Default for Equipment {
             links: vec![0],
             icmp_errors_per_s: 1_000_000,
             connections: 1024,
+            admissions_per_s: u32::MAX,
+            timeouts: Timeouts::default(),
             peers: Vec::new(),
         }
     }
@@ -206,8 +221,9 @@ pub struct Rig {
     pub connections: Reader,
     counters: Arc<Counters>,
     publisher: Publisher<Forwarding>,
+    reference: Node,
     frames: usize,
-    ports: usize,
+    pub ports: usize,
     /// What the counters said when they were last asked.
     counted: BTreeMap<String, u64>,
     received: (u64, u64),
@@ -215,8 +231,8 @@ pub struct Rig {
 }
 
 /// The only place that knows how a worker comes by its snapshots.
-fn publish(world: &World) -> (Publisher<Forwarding>, Subscriber<Forwarding>) {
-    let mut publisher = Publisher::new(world.forwarding());
+fn publish(forwarding: Arc<Forwarding>) -> (Publisher<Forwarding>, Subscriber<Forwarding>) {
+    let mut publisher = Publisher::new(forwarding);
     let subscriber = publisher.subscribe();
     (publisher, subscriber)
 }
@@ -232,10 +248,13 @@ impl Rig {
     }
 
     pub fn equipped(world: &World, equipment: Equipment) -> Self {
+        let forwarding = world.forwarding();
+        let reference = Node::new(world, Arc::clone(&forwarding), equipment.clone());
         let Equipment { frames, chunk_bytes, ring_size, links, .. } = equipment;
-        let (publisher, published) = publish(world);
+        let (publisher, published) = publish(forwarding);
         let counters = Arc::new(Counters::new(SLOTS));
-        let table = table(equipment.connections);
+        let table = Connections::new(equipment.connections, &equipment.timeouts).unwrap();
+        let table = table.admitting(equipment.admissions_per_s);
         let connections = table.reader();
         let ports = links.len();
         let worker = Worker::new(Parts {
@@ -249,12 +268,14 @@ impl Rig {
             hash_key: hash_key(),
             icmp_errors_per_s: equipment.icmp_errors_per_s,
         });
+        worker.prepare();
         let mut rig = Self {
             worker,
             now: Tick::from_s(1000),
             connections,
             counters,
             publisher,
+            reference,
             frames,
             ports,
             counted: BTreeMap::new(),
@@ -268,7 +289,14 @@ impl Rig {
 
     /// Gives the worker another view of the world, from its next turn on.
     pub fn publish(&mut self, world: &World) {
-        self.publisher.publish(world.forwarding());
+        self.publish_built(world, &world.forwarding());
+    }
+
+    /// The same, with the snapshot that is built from it.
+    pub fn publish_built(&mut self, world: &World, forwarding: &Arc<Forwarding>) {
+        self.reference.publish(world, Arc::clone(forwarding));
+        self.publisher.publish(Arc::clone(forwarding));
+        self.publisher.retire();
     }
 
     /// Time goes by, in turns of at most 100 ms, as a sleeping worker's does.
@@ -282,16 +310,37 @@ impl Rig {
 
     /// The network brings a packet; `false` if there was no frame for it.
     pub fn deliver(&mut self, port: usize, packet: &[u8]) -> bool {
-        self.worker.ports_mut()[port].deliver(packet)
+        self.deliver_at(port, HEADROOM, packet)
     }
 
-    /// One turn of the worker.
-    pub fn turn(&mut self) {
+    /// The same, at `start` in the frame.
+    pub fn deliver_at(&mut self, port: usize, start: usize, packet: &[u8]) -> bool {
+        let delivered = self.worker.ports_mut()[port].deliver_at(start, packet);
+        if delivered {
+            self.reference.arrives(port, start, packet);
+        }
+        delivered
+    }
+
+    /// One turn of the worker. Returns how many packets it took.
+    pub fn turn(&mut self) -> usize {
+        let (expected, drops) = self.reference.turn(self.now);
+        let dropped = |rig: &Self| drops.iter().map(|&(reason, _)| rig.drops(reason)).collect();
+        let dropped_before: Vec<u64> = dropped(self);
         let rx_bytes = self.event(Event::RxBytes);
-        let received = self.worker.turn(self.now) as u64;
-        self.received.0 += received;
+
+        let received = without_allocation(|| self.worker.turn(self.now));
+
+        assert_eq!(received, expected);
+        let dropped_now: Vec<u64> = dropped(self);
+        let since = dropped_now.iter().zip(&dropped_before).map(|(now, before)| now - before);
+        for ((reason, [least, most]), count) in drops.into_iter().zip(since) {
+            assert!((least..=most).contains(&count), "{count} × {reason:?}, not {least} to {most}");
+        }
+        self.received.0 += received as u64;
         self.received.1 += self.event(Event::RxBytes) - rx_bytes;
         self.check();
+        received
     }
 
     /// The network takes at most `most` packets from a port.
@@ -301,6 +350,7 @@ impl Rig {
             let Some(bytes) = self.worker.ports_mut()[port].take_sent(<[u8]>::to_vec) else {
                 break;
             };
+            self.reference.leaves(port, &bytes);
             self.sent.0 += 1;
             self.sent.1 += bytes.len() as u64;
             sent.push(Sent { port, bytes });
@@ -323,9 +373,44 @@ impl Rig {
         sent
     }
 
+    /// A patient network takes everything in the end, and all frames serve again.
+    pub fn drain(&mut self) {
+        let mut turns = 0;
+        loop {
+            let received = self.turn();
+            let taken: usize = (0..self.ports).map(|port| self.take(port, usize::MAX).len()).sum();
+            if received + taken + self.worker.in_flight() == 0 {
+                break;
+            }
+            turns += 1;
+            assert!(turns < 1000, "what came in is never done with");
+        }
+        self.all_is_taken();
+    }
+
+    /// All connections are forgotten, and it is the same time of day as whenever that happens: each life
+    /// begins alike. For timeouts of a second.
+    pub fn forget(&mut self) {
+        // The sweep first lets young ones grow quiet, and takes 17 s each time to come round.
+        for ms in [20_000, 300_000] {
+            self.now = self.now + ms;
+            for _ in 0..17 {
+                self.now = self.now + 1000;
+                self.turn();
+            }
+        }
+        let mut left = 0;
+        self.connections.for_each(self.now, |_| left += 1);
+        assert_eq!(left, 0);
+        self.reference.forget();
+        // All times of connections wrap round in this period.
+        self.now = Tick((self.now.0 | ((1 << 26) - 1)) + 1);
+    }
+
     /// The network got exactly the packets and bytes that were counted as sent.
-    pub fn all_is_taken(&self) {
+    pub fn all_is_taken(&mut self) {
         assert_eq!((self.event(Event::TxPackets), self.event(Event::TxBytes)), self.sent);
+        self.reference.all_has_left();
     }
 
     /// The one packet that leaves for this one.
@@ -405,6 +490,17 @@ impl Rig {
         assert!((cut..=7 * cut).contains(&extra), "{extra} pieces of {cut}; {:?}", self.totals());
         assert_eq!(self.drops(DropReason::TooBig), too_big);
     }
+}
+
+/// What a worker does after its start (I7).
+fn without_allocation<T>(turn: impl FnOnce() -> T) -> T {
+    let mut result = None;
+    // The count does not survive a panic by itself.
+    let run = || result = Some(catch_unwind(AssertUnwindSafe(turn)));
+    let allocations = allocation_counter::measure(run);
+    let result = result.expect("it ran").unwrap_or_else(|panic| resume_unwind(panic));
+    assert_eq!(allocations.count_total, 0, "allocations in a turn");
+    result
 }
 
 /// What [`Rig::counted`] should say.

@@ -33,8 +33,15 @@ fn ack(port: u16) -> Vec<u8> {
 
 /// A client's port whose connection Maglev gives to this backend.
 fn client_of(world: &World, slot: u32) -> u16 {
+    let [port] = clients_of(world, slot);
+    port
+}
+
+/// So many of them.
+fn clients_of<const N: usize>(world: &World, slot: u32) -> [u16; N] {
     let mut rig = Rig::new(world);
-    CLIENTS.into_iter().find(|&port| rig.backend_of(&ack(port)) == Some(slot)).unwrap()
+    let mut ports = CLIENTS.filter(|&port| rig.backend_of(&ack(port)) == Some(slot));
+    std::array::from_fn(|_| ports.next().expect("half of them"))
 }
 
 /// Opens a connection and keeps it open long enough to be confirmed.
@@ -141,6 +148,76 @@ fn a_syn_ignores_the_remembered_backend() {
     assert_eq!(rig.backend_of(&packets::v4(port, SYN).bytes()), Some(2), "ports are used again");
     assert_eq!(rig.counted(), counts([("connection_misses", 1), ("backend 2", 1)]));
     assert_eq!(rig.backend_of(&ack(port)), Some(2), "and the new choice is remembered");
+}
+
+/// A node with a connection to backend 1, and as many SYNs after it as may be remembered.
+fn flooded(port: u16) -> Rig {
+    let equipment = Equipment { admissions_per_s: 1000, ..Default::default() };
+    let mut rig = Rig::equipped(&two(), equipment);
+    assert_eq!(connect(&mut rig, port), 1);
+    rig.counted();
+    for port in 2000..2150 {
+        assert_eq!(rig.send(&packets::v4(port, SYN).bytes()).len(), 1, "all are forwarded");
+    }
+    // A burst is a tenth of a second's.
+    let counted = rig.counted();
+    assert_eq!(counted["connection_inserts"], 100);
+    assert_eq!(counted["connection_not_admitted"], 50);
+    rig
+}
+
+#[test]
+fn a_flood_beyond_the_admissions_goes_where_maglev_says_and_a_connection_stays() {
+    let port = client_of(&two(), 1);
+    let mut rig = flooded(port);
+    for syn in 2150..2200 {
+        let slot = rig.backend_of(&packets::v4(syn, SYN).bytes());
+        assert_eq!(slot, Rig::new(&two()).backend_of(&ack(syn)));
+    }
+    rig.publish(&drained());
+    assert_eq!(rig.backend_of(&ack(port)), Some(1));
+    rig.wait(1000);
+    rig.counted();
+    rig.send(&packets::v4(3000, SYN).bytes());
+    assert_eq!(rig.counted()["connection_inserts"], 1, "once it is over, all are remembered");
+}
+
+#[test]
+fn a_flood_of_syns_keeps_no_remembered_backend_in_force_for_a_reused_port() {
+    let port = client_of(&two(), 1);
+    let mut rig = flooded(port);
+    rig.publish(&drained());
+    assert_eq!(rig.backend_of(&packets::v4(port, SYN).bytes()), Some(2));
+    assert_eq!(rig.backend_of(&ack(port)), Some(2));
+    rig.publish(&two());
+    assert_eq!(rig.backend_of(&ack(port)), Some(2), "the new choice is remembered");
+}
+
+#[test]
+fn a_flood_of_any_packets_does_not_hinder_a_reselection() {
+    let port = client_of(&two(), 1);
+    let mut rig = flooded(port);
+    for port in 3000..3150 {
+        rig.send(&ack(port));
+    }
+    assert_eq!(rig.counted()["connection_not_admitted"], 50);
+    rig.publish(&World::new().web4(&[backend(2)]));
+    assert_eq!(rig.backend_of(&ack(port)), Some(2));
+    assert_eq!(rig.counted()["connection_reselects"], 1);
+    rig.publish(&two());
+    assert_eq!(rig.backend_of(&ack(port)), Some(2), "the new choice is remembered");
+}
+
+#[test]
+fn a_connection_opened_in_a_flood_of_syns_is_remembered_by_its_second_packet() {
+    let [port, opened] = clients_of(&two(), 1);
+    let mut rig = flooded(port);
+    assert_eq!(rig.backend_of(&packets::v4(opened, SYN).bytes()), Some(1));
+    assert_eq!(rig.counted()["connection_not_admitted"], 1);
+    assert_eq!(rig.backend_of(&ack(opened)), Some(1));
+    assert_eq!(rig.counted()["connection_inserts"], 1);
+    rig.publish(&drained());
+    assert_eq!(rig.backend_of(&ack(opened)), Some(1));
 }
 
 #[test]

@@ -1,11 +1,23 @@
-//! The whole turn under a hostile network: frames are conserved, every packet is accounted for, and
-//! nothing panics. The rig asserts the first two after every turn.
+//! The whole turn under a hostile network: frames are conserved, every packet is accounted for and becomes
+//! what the reference says, and nothing panics or allocates. The rig asserts it after every turn.
 
+use std::{cell::RefCell, panic::AssertUnwindSafe, sync::Arc};
+
+use dataplane::{
+    connections::{Reader, Timeouts, Traffic},
+    encap::Tunnel,
+    forwarding::{Forwarding, Vip},
+    parse,
+};
 use proptest::prelude::*;
 
 use crate::{
     packets::{self, ACK, DATAGRAM, SYN, any_packet, icmp_error},
-    rig::{BackendSpec, Equipment, Rig, VIP4, VIP6, World, backend, link},
+    rig::{
+        BackendSpec, Equipment, Rig, SCTP, Sent, VIP4, VIP6, World, backend, hash_key, link,
+        node_mac, table,
+    },
+    script::Script,
 };
 
 /// What the network does to the node.
@@ -30,6 +42,10 @@ enum Step {
     Turn,
     Wait {
         ms: u64,
+    },
+    /// Not the network but control: another of these worlds is published.
+    Publish {
+        world: usize,
     },
 }
 
@@ -78,25 +94,51 @@ fn any_step() -> impl Strategy<Value = Step> {
         3 => (port, 0_usize..20).prop_map(|(port, most)| Step::Take { port, most }),
         6 => Just(Step::Turn),
         1 => (1_u64..2000).prop_map(|ms| Step::Wait { ms }),
+        1 => (0_usize..4).prop_map(|world| Step::Publish { world }),
     ]
 }
 
-/// Backends behind every link, of which one is behind none of ours.
-fn world() -> World {
+/// The same services in different times. At first with backends behind every link, of which one is behind
+/// none of ours.
+fn worlds() -> [(World, Arc<Forwarding>); 4] {
     let on = |slot: u32, link: u8| BackendSpec { link, ..backend(slot) };
-    let mut world = World::new()
-        .web4(&[
-            on(1, 0),
-            on(2, 1),
-            BackendSpec { mtu: 700, ..on(3, 2) },
-            on(4, 9),
-            BackendSpec { mtu: 3800, ..on(8, 0) },
-        ])
-        .web6(&[on(5, 0).over_v6(), on(6, 1), BackendSpec { mtu: 1280, ..on(7, 2) }]);
-    world.links = (0..3).map(link).collect();
-    world.links[1].partial_checksums = true;
-    world.answer_arp = true;
-    world
+    let world = |backends4: &[BackendSpec], backends6: &[BackendSpec]| {
+        let mut world = World::new().web4(backends4).web6(backends6);
+        world.links = (0..3).map(link).collect();
+        world.links[1].partial_checksums = true;
+        world.answer_arp = true;
+        for (vips, _) in &mut world.services {
+            vips.push(Vip { protocol: SCTP, ..vips[0] });
+        }
+        world
+    };
+    let small = BackendSpec { mtu: 700, ..on(3, 2) };
+    let large = BackendSpec { mtu: 3800, ..on(8, 0) };
+    let small6 = BackendSpec { mtu: 1280, ..on(7, 2) };
+    let all4 = [on(1, 0), on(2, 1), small.clone(), on(4, 9), large.clone()];
+    let all6 = [on(5, 0).over_v6(), on(6, 1), small6.clone()];
+
+    // Some drain, some can't be reached, some are gone and others came.
+    let drained = |backend: BackendSpec| BackendSpec { weight: 0, ..backend };
+    let lost = |backend: BackendSpec| BackendSpec { reachable: false, ..backend };
+    let changed4 = [drained(on(1, 0)), lost(on(2, 1)), small.clone(), on(9, 1).over_v6()];
+    let changed6 = [drained(on(5, 0).over_v6()), lost(on(6, 1)), on(10, 0)];
+    // Nobody takes new connections, and for the old ones everything is too big.
+    let tiny = |backend: BackendSpec| drained(BackendSpec { mtu: 60, ..backend });
+    let mut full = world(&[tiny(small), tiny(large)], &[tiny(small6)]);
+    full.answer_arp = false;
+    // Every port is served, through tags and without checksums.
+    let tagged = |slot: u32| {
+        let tunnel =
+            Tunnel { vlans: vec![7, 8], udp_checksum: false, ..backend(slot).over_v6().tunnel };
+        BackendSpec { tunnel, mtu: 9000, ..on(slot, 1) }
+    };
+    let mut every_port = world(&[tagged(11)], &[tagged(12)]);
+    every_port.services.iter_mut().flat_map(|(vips, _)| vips).for_each(|vip| vip.port = 0);
+    [world(&all4, &all6), world(&changed4, &changed6), full, every_port].map(|world| {
+        let forwarding = world.forwarding();
+        (world, forwarding)
+    })
 }
 
 fn any_equipment() -> impl Strategy<Value = Equipment> {
@@ -113,70 +155,121 @@ fn any_equipment() -> impl Strategy<Value = Equipment> {
     )
 }
 
+/// Takes the steps one by one.
+fn play(rig: &mut Rig, worlds: &[(World, Arc<Forwarding>)], steps: Vec<Step>) {
+    // Packets are made for the first port's station.
+    let addressed = |port: usize, mut packet: Vec<u8>| {
+        if packet.starts_with(&node_mac(0)) {
+            packet[..6].copy_from_slice(&node_mac(port));
+        }
+        packet
+    };
+    for step in steps {
+        match step {
+            Step::Deliver { port, packet } => {
+                let port = port % rig.ports;
+                rig.deliver(port, &addressed(port, packet));
+            }
+            Step::DeliverAt { port, start, packet } => {
+                let port = port % rig.ports;
+                rig.deliver_at(port, start, &addressed(port, packet));
+            }
+            Step::Take { port, most } => {
+                rig.take(port % rig.ports, most);
+            }
+            Step::Turn => {
+                rig.turn();
+            }
+            Step::Wait { ms } => rig.wait(ms),
+            Step::Publish { world } => rig.publish_built(&worlds[world].0, &worlds[world].1),
+        }
+    }
+}
+
 proptest! {
     #[test]
     fn frames_are_conserved_and_packets_accounted_for_whatever_the_rings_do(
         equipment in any_equipment(), steps in prop::collection::vec(any_step(), 1..120),
     ) {
-        let ports = equipment.links.len();
-        let frames = equipment.frames;
-        let mut rig = Rig::equipped(&world(), equipment);
-        for step in steps {
-            match step {
-                Step::Deliver { port, packet } => {
-                    rig.deliver(port % ports, &packet);
-                }
-                Step::DeliverAt { port, start, packet } => {
-                    rig.worker.ports_mut()[port % ports].deliver_at(start, &packet);
-                }
-                Step::Take { port, most } => {
-                    rig.take(port % ports, most);
-                }
-                Step::Turn => rig.turn(),
-                Step::Wait { ms } => rig.wait(ms),
-            }
-            prop_assert_eq!(rig.worker.frames(), frames);
-        }
-        // A patient network takes everything in the end, and all frames serve again.
-        for _ in 0..1000 {
-            rig.turn();
-            for port in 0..ports {
-                rig.take(port, usize::MAX);
-            }
-        }
-        rig.turn();
-        prop_assert_eq!(rig.worker.in_flight(), 0);
-        rig.all_is_taken();
+        let worlds = worlds();
+        let mut rig = Rig::equipped(&worlds[0].0, equipment);
+        play(&mut rig, &worlds, steps);
+        rig.drain();
     }
 }
 
+/// Nodes that can do much, or little. What they forget, they forget soon.
+fn nodes(peer: Reader) -> [Equipment; 4] {
+    let timeouts = Timeouts { unconfirmed_s: 1, tcp_idle_s: 1, tcp_closing_s: 1, udp_idle_s: 1 };
+    let node = |frames, ring_size, ports: usize, icmp_errors_per_s| Equipment {
+        frames,
+        ring_size,
+        icmp_errors_per_s,
+        connections: 16,
+        links: (0..ports).collect(),
+        timeouts,
+        peers: vec![peer],
+        ..Default::default()
+    };
+    [
+        node(256, 64, 3, 1000),
+        Equipment { connections: 1024, ..node(512, 128, 2, 0) },
+        Equipment { admissions_per_s: 20, ..node(24, 4, 3, 10) },
+        Equipment { chunk_bytes: 2048, ..node(6, 2, 1, 1000) },
+    ]
+}
+
+fn steps(script: &mut Script<'_>) -> Vec<Step> {
+    let mut steps = Vec::new();
+    while !script.is_over() && steps.len() < 200 {
+        let choice = script.byte();
+        let port = usize::from(choice >> 3) % 4;
+        steps.push(match choice % 8 {
+            0..4 => Step::Deliver { port, packet: script.frame() },
+            4 => Step::DeliverAt {
+                port,
+                start: usize::from(script.word()) % 4097,
+                packet: script.frame(),
+            },
+            5 => Step::Turn,
+            6 => Step::Take { port, most: script.byte().into() },
+            _ if choice & 0x40 == 0 => Step::Wait { ms: 8 * u64::from(script.byte()) },
+            _ => Step::Publish { world: port },
+        });
+    }
+    steps
+}
+
 #[test]
-fn any_bytes_at_all_are_taken_through_a_turn() {
-    // One node for all inputs: what one leaves behind, the next must bear.
-    let equipment = Equipment { links: vec![0, 1, 2], ..Default::default() };
-    let rig = std::cell::RefCell::new(Rig::equipped(&world(), equipment));
-    let rig = std::panic::AssertUnwindSafe(rig);
+fn whatever_the_network_does_the_node_does_as_the_reference() {
+    let worlds = worlds();
+    let peer = table(64);
+    let nodes = nodes(peer.reader());
+    // Memory of a node is never given back, so each serves many lives. One that failed serves no more.
+    let state = AssertUnwindSafe(RefCell::new(([const { None }; 4], peer)));
     bolero::check!().for_each(move |input: &[u8]| {
-        let mut rig = rig.borrow_mut();
-        let (Some((&shape, bytes)), port) = (input.split_first(), input.len() % 3) else { return };
-        // Begin with a header that leads somewhere, as often as not.
-        let valid = match shape % 4 {
-            0 => Vec::new(),
-            1 => packets::v4(u16::from(shape), ACK).bytes(),
-            2 => packets::v6(u16::from(shape), DATAGRAM).bytes(),
-            _ => icmp_error(&packets::answer_to(&packets::v4(9, ACK)).ip_packet()),
-        };
-        let keep = valid.len() * usize::from(shape >> 2) / 64;
-        let mut frame = [&valid[..keep], bytes].concat();
-        frame.truncate(3000); // what fits a chunk behind the headroom
-        rig.send_by(port, &frame);
+        let (rigs, peer) = &mut *state.borrow_mut();
+        let mut script = Script(input);
+        let which = usize::from(script.byte()) % 4;
+        let rig = rigs[which].take();
+        let mut rig = rig.unwrap_or_else(|| Rig::equipped(&worlds[0].0, nodes[which].clone()));
+        rig.forget();
+        rig.publish_built(&worlds[0].0, &worlds[0].1);
+        for port in 1..4 {
+            // Another worker has some flows, too.
+            let key = parse::flow(&packets::v4(port, ACK).bytes()).unwrap().key;
+            peer.remember(key.hash(&hash_key()), 3, Traffic::Stream, rig.now);
+        }
+        play(&mut rig, &worlds, steps(&mut script));
+        rig.drain();
+        rigs[which] = Some(rig);
     });
 }
 
 #[test]
 fn a_full_tx_ring_drops_what_it_cannot_take_and_says_so() {
     let equipment = Equipment { ring_size: 4, frames: 32, ..Default::default() };
-    let mut rig = Rig::equipped(&world(), Equipment { links: vec![0], ..equipment });
+    let mut rig = Rig::equipped(&worlds()[0].0, Equipment { links: vec![0], ..equipment });
     let mut delivered = 0;
     for _ in 0..3 {
         while rig.deliver(0, &packets::v4(1, ACK).bytes()) {
@@ -198,11 +291,9 @@ fn a_burst_larger_than_one_turn_is_forwarded_in_several_and_in_order() {
         let packet = packets::Packet { id, ..packets::v4(1, ACK) };
         assert!(rig.deliver(0, &packet.bytes()));
     }
-    assert_eq!(rig.worker.turn(rig.now), 64);
-    assert_eq!(rig.worker.turn(rig.now), 36);
-    let ids: Vec<u16> = std::iter::from_fn(|| {
-        rig.worker.ports_mut()[0].take_sent(|sent| u16::from_be_bytes([sent[64 + 4], sent[64 + 5]]))
-    })
-    .collect();
+    assert_eq!(rig.turn(), 64);
+    assert_eq!(rig.turn(), 36);
+    let id = |sent: &Sent| u16::from_be_bytes([sent.bytes[64 + 4], sent.bytes[64 + 5]]);
+    let ids: Vec<u16> = rig.take(0, usize::MAX).iter().map(id).collect();
     assert_eq!(ids, (0..100).collect::<Vec<_>>());
 }
