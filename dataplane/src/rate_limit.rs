@@ -26,7 +26,8 @@ impl RateLimit {
     /// Takes one, if there is one.
     #[inline]
     pub fn take(&mut self, now: Tick) -> bool {
-        let earned = now.ms_since(self.filled_at) * self.per_s;
+        // A second fills it, and any longer may be too much for 64 bits.
+        let earned = now.ms_since(self.filled_at).min(1000) * self.per_s;
         self.tokens = (self.tokens + earned).min(self.most());
         self.filled_at = now;
         let Some(left) = self.tokens.checked_sub(1000).filter(|_| self.per_s > 0) else {
@@ -56,5 +57,13 @@ mod tests {
         let mut limit = RateLimit::new(2);
         let taken = (0..10_000).filter(|&ms| limit.take(Tick(ms))).count();
         assert_eq!(taken, 20);
+    }
+
+    #[test]
+    fn a_limit_that_rested_for_ages_is_as_one_that_rested_for_a_second() {
+        for per_s in [1, 50_000, u32::MAX] {
+            let mut limit = RateLimit::new(per_s);
+            assert!(limit.take(Tick(u64::MAX)), "{per_s} a second");
+        }
     }
 }
