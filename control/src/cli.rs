@@ -1,41 +1,56 @@
 //! The command line: what it accepts, and what it prints.
 //!
-//! Exit codes: 0 done, 1 refused, failed or (explain) dropped, 2 not understood. Results go to stdout, all
-//! else to stderr.
+//! Results go to stdout, all else to stderr. What is asked of a daemon is asked by its API; the exit codes
+//! are those in [`EXIT_CODES`].
+
+mod service;
+mod show;
 
 use std::{
     fmt,
-    io::{self, IsTerminal, Read, Write},
+    io::{self, IsTerminal, Write},
     net::SocketAddr,
-    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::ExitCode,
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
-use clap::{Parser, Subcommand};
-use miette::{Diagnostic, IntoDiagnostic, MietteHandler, Report, ReportHandler, WrapErr, miette};
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
+use miette::{Diagnostic, IntoDiagnostic, MietteHandler, Report, ReportHandler, WrapErr};
+use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
+    api::{
+        Event,
+        client::{Client, ClientError, segment},
+        resource::Flow,
+    },
     causes, config, daemon,
     desired::Protocol,
-    explain::{self, Explanation},
+    explain::{self, Explained, Explanation},
     replay,
     status::Status,
 };
 
+/// What the process ends with.
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  refused, failed or (explain) dropped
+  2  the command line is not understood
+  3  there is no such service
+  4  somebody else has it, or has changed it meanwhile
+  5  no daemon answers";
+
 /// A routing mesh in user space: every node answers on every published port.
-///
-/// Exit codes: 0 done, 1 refused, failed or (explain) dropped, 2 not understood.
 #[derive(Debug, Parser)]
-#[command(name = "wiremesh", version, propagate_version = true)]
+#[command(name = "wiremesh", version, propagate_version = true, after_help = EXIT_CODES)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
 }
-
-/// How long a daemon may take to tell its status.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The default place of the configuration.
 const CONFIG: &str = "/etc/wiremesh/wiremesh.toml";
@@ -72,14 +87,18 @@ enum Command {
     },
     /// Say which backend a connection would get, and why
     ///
-    /// It asks no running daemon: every backend counts as reachable, and no connection as remembered.
-    /// Exits with 1 if the connection would be dropped.
+    /// It asks the running daemon, and looks into its connection tables. With -c it asks no daemon, but
+    /// what one with this configuration would do if every backend could be reached and no connection were
+    /// remembered. Exits with 1 if the connection would be dropped.
     ///
     /// Example: wiremesh explain tcp 198.51.100.7:40000 203.0.113.10:80
     Explain {
-        /// The configuration
-        #[arg(short, long, default_value = CONFIG)]
-        config: PathBuf,
+        /// The daemon's socket, if not /run/wiremesh/api.sock
+        #[arg(short, long, conflicts_with = "config")]
+        socket: Option<PathBuf>,
+        /// A configuration to explain, instead of a running daemon
+        #[arg(short, long)]
+        config: Option<PathBuf>,
         /// tcp, udp or sctp
         #[arg(value_parser = parse_protocol)]
         protocol: Protocol,
@@ -93,16 +112,114 @@ enum Command {
     },
     /// Show what a running daemon does
     Status {
-        /// The daemon's socket, if not /run/wiremesh/control.sock
-        #[arg(short, long, conflicts_with = "config")]
-        socket: Option<PathBuf>,
-        /// The daemon's configuration, to find its socket by
-        #[arg(short, long)]
-        config: Option<PathBuf>,
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
+        #[command(flatten)]
+        daemon: Daemon,
     },
+    /// Create, show and change services
+    #[command(subcommand)]
+    Service(service::Command),
+    /// Show nodes
+    #[command(subcommand)]
+    Node(NodeCommand),
+    /// Show why packets were dropped: every reason, how many, how many a second
+    Drops {
+        /// How long to look, in seconds, for the rate
+        #[arg(long, default_value_t = 1.0, value_parser = seconds, value_name = "SECONDS")]
+        interval: f64,
+        #[command(flatten)]
+        daemon: Daemon,
+    },
+    /// Show the backends with the most connections, and what goes to them now
+    ///
+    /// The connection tables remember a hash of each flow, not its addresses: single flows can't be listed.
+    /// `wiremesh explain` tells of one.
+    Flows {
+        /// Of this service only
+        #[arg(long)]
+        service: Option<String>,
+        /// At most so many
+        #[arg(long, default_value_t = 20)]
+        top: u16,
+        /// How long to look, in seconds, for the rates
+        #[arg(long, default_value_t = 1.0, value_parser = seconds, value_name = "SECONDS")]
+        interval: f64,
+        #[command(flatten)]
+        daemon: Daemon,
+    },
+    /// Tell what is and then what changes, a line each, until interrupted
+    Events {
+        #[command(flatten)]
+        daemon: Daemon,
+    },
+    /// Print a shell's completions
+    ///
+    /// Example: wiremesh completions bash > /usr/share/bash-completion/completions/wiremesh
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Write the manual's pages
+    ///
+    /// Example: wiremesh man /usr/local/share/man/man1
+    Man {
+        /// Where to
+        directory: PathBuf,
+    },
+}
+
+/// Nodes.
+#[derive(Debug, Subcommand)]
+enum NodeCommand {
+    /// List this node, and those that its tunnels lead to
+    #[command(visible_alias = "list")]
+    Ls {
+        #[command(flatten)]
+        daemon: Daemon,
+    },
+}
+
+/// Which daemon is asked, and how its answer is shown.
+#[derive(Debug, Default, Args)]
+struct Daemon {
+    /// The daemon's socket, if not /run/wiremesh/api.sock
+    #[arg(short, long, conflicts_with = "config")]
+    socket: Option<PathBuf>,
+    /// The daemon's configuration, to find its socket by
+    #[arg(short, long)]
+    config: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Daemon {
+    fn client(&self) -> Result<Client, Report> {
+        let socket = match (&self.socket, &self.config) {
+            (Some(socket), _) => socket.clone(),
+            (None, Some(config)) => config::load(config)?.0.api.socket,
+            (None, None) => config::Api::default().socket,
+        };
+        Ok(Client::new(&socket)?)
+    }
+
+    /// The same question twice, `interval` seconds apart, and how far apart the answers were.
+    fn twice<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        interval: f64,
+    ) -> Result<(T, T, Duration), Report> {
+        let client = self.client()?;
+        let begun = Instant::now();
+        let first = client.get(path)?;
+        thread::sleep(Duration::from_secs_f64(interval));
+        let second = client.get(path)?;
+        Ok((first, second, begun.elapsed()))
+    }
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    let seconds = text.parse::<f64>().ok().filter(|seconds| (0.1..=3600.0).contains(seconds));
+    seconds.ok_or_else(|| "0.1 to 3600".to_owned())
 }
 
 fn parse_protocol(text: &str) -> Result<Protocol, String> {
@@ -114,8 +231,21 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     execute(cli.command).unwrap_or_else(|report| {
         eprint!("{}", Complaint(&report));
-        ExitCode::FAILURE
+        exit_code(&report)
     })
+}
+
+/// See [`EXIT_CODES`].
+fn exit_code(report: &Report) -> ExitCode {
+    match report.downcast_ref::<ClientError>() {
+        Some(ClientError::Refused(problem)) => match problem.status {
+            404 => ExitCode::from(3),
+            409 | 412 => ExitCode::from(4),
+            _ => ExitCode::FAILURE,
+        },
+        Some(ClientError::NoDaemon { .. } | ClientError::Silent { .. }) => ExitCode::from(5),
+        _ => ExitCode::FAILURE,
+    }
 }
 
 fn execute(command: Command) -> Result<ExitCode, Report> {
@@ -127,21 +257,56 @@ fn execute(command: Command) -> Result<ExitCode, Report> {
             let outcome = replay::replay(&config, &input, &output)?;
             print(json, &outcome)?;
         }
-        Command::Explain { config, protocol, client, vip, json } => {
-            let (config, _) = config::load(&config)?;
-            let explanation = explain::explain(&config, protocol, client, vip)?;
-            print(json, &explanation)?;
-            if let Explanation::Dropped { .. } = explanation {
+        Command::Explain { socket, config, protocol, client, vip, json } => {
+            let dropped = match config {
+                Some(config) => {
+                    let (config, _) = config::load(&config)?;
+                    let explanation = explain::explain(&config, protocol, client, vip)?;
+                    print(json, &explanation)?;
+                    matches!(explanation, Explanation::Dropped { .. })
+                }
+                None => {
+                    let daemon = Daemon { socket, config: None, json };
+                    let (client, vip) = (segment(&client.to_string()), segment(&vip.to_string()));
+                    let asked =
+                        format!("/v1/explain?protocol={protocol}&client={client}&vip={vip}");
+                    let explained: Explained = daemon.client()?.get(&asked)?;
+                    print(json, &explained)?;
+                    matches!(explained.first_packet, Explanation::Dropped { .. })
+                }
+            };
+            if dropped {
                 return Ok(ExitCode::FAILURE);
             }
         }
-        Command::Status { socket, config, json } => {
-            let socket = match (socket, config) {
-                (Some(socket), _) => socket,
-                (None, Some(config)) => config::load(&config)?.0.node.control_socket,
-                (None, None) => config::Node::default().control_socket,
-            };
-            print(json, &status(&socket)?)?;
+        Command::Status { daemon } => {
+            print(daemon.json, &daemon.client()?.get::<Status>("/v1/status")?)?;
+        }
+        Command::Service(command) => service::execute(command)?,
+        Command::Node(NodeCommand::Ls { daemon }) => {
+            print(daemon.json, &show::Nodes(daemon.client()?.get("/v1/nodes")?))?;
+        }
+        Command::Drops { interval, daemon } => {
+            let (before, now, apart) = daemon.twice("/v1/drops", interval)?;
+            print(daemon.json, &show::Dropped::new(&before, now, apart))?;
+        }
+        Command::Flows { service, top, interval, daemon } => {
+            let service = service.map(|name| format!("&service={}", segment(&name)));
+            let path = format!("/v1/flows?top={top}{}", service.unwrap_or_default());
+            let (before, now, apart): (Vec<Flow>, _, _) = daemon.twice(&path, interval)?;
+            print(daemon.json, &show::Flows::new(&before, now, apart))?;
+        }
+        Command::Events { daemon } => events(&daemon)?,
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "wiremesh", &mut script);
+            written(io::stdout().write_all(&script))?;
+        }
+        Command::Man { directory } => {
+            let cannot = || format!("cannot write the manual into {}", directory.display());
+            clap_mangen::generate_to(Cli::command(), &directory)
+                .into_diagnostic()
+                .wrap_err_with(cannot)?;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -213,41 +378,95 @@ fn count(number: usize, noun: &str) -> String {
     format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
 }
 
-fn status(socket: &Path) -> Result<Status, Report> {
-    let mut stream = UnixStream::connect(socket).map_err(|error| {
-        miette!(
-            help = "is it running, and is this its node.control_socket? name another with -s",
-            "no daemon answers on {}: {error}",
-            socket.display()
-        )
+/// Tells events, each on a line: by their sentence, or as the API has them.
+fn events(daemon: &Daemon) -> Result<(), Report> {
+    let mut outcome = Ok(());
+    daemon.client()?.watch("/v1/events", |event: Event| {
+        let line = match daemon.json {
+            true => serde_json::to_string(&event).expect("an event is plain data"),
+            false => event.to_string(),
+        };
+        let told = writeln!(io::stdout(), "{line}");
+        // `wiremesh events | head` is no failure, and no reason to go on.
+        let goes_on = told.is_ok();
+        outcome = written(told);
+        goes_on
     })?;
-    let mut json = Vec::new();
-    let read =
-        stream.set_read_timeout(Some(ANSWER_TIMEOUT)).and_then(|()| stream.read_to_end(&mut json));
-    read.map_err(|error| match error.kind() {
-        io::ErrorKind::WouldBlock => miette!(
-            help = "is it stopped, or the machine overloaded?",
-            "the daemon on {} does not answer within {ANSWER_TIMEOUT:?}",
-            socket.display()
-        ),
-        _ => miette!("the daemon on {} stopped answering: {error}", socket.display()),
-    })?;
-    serde_json::from_slice(&json)
-        .into_diagnostic()
-        .wrap_err("the daemon's answer is not understood: is it of another version?")
+    outcome
 }
 
 /// Prints for people, or for machines.
-fn print(json: bool, value: &(impl std::fmt::Display + serde::Serialize)) -> Result<(), Report> {
+fn print(json: bool, value: &(impl fmt::Display + Serialize)) -> Result<(), Report> {
+    if json {
+        return print_json(value);
+    }
+    // Takes the colours out again where they are not wanted: no terminal, or NO_COLOR.
+    written(write!(anstream::stdout().lock(), "{value:#}"))
+}
+
+fn print_json(value: &impl Serialize) -> Result<(), Report> {
     let mut out = io::stdout().lock();
-    let written = if json {
-        serde_json::to_writer_pretty(&mut out, value).map_err(io::Error::from)
-    } else {
-        write!(out, "{value}")
-    };
-    match written.and_then(|()| if json { writeln!(out) } else { Ok(()) }) {
-        // `wiremesh status | head` is no failure.
+    let json = serde_json::to_writer_pretty(&mut out, value).map_err(io::Error::from);
+    written(json.and_then(|()| writeln!(out)))
+}
+
+/// `wiremesh status | head` is no failure.
+fn written(outcome: io::Result<()>) -> Result<(), Report> {
+    match outcome {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         other => other.into_diagnostic(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_shell_has_completions_and_every_command_a_page() {
+        for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "wiremesh", &mut script);
+            assert!(String::from_utf8(script).unwrap().contains("backend-add"), "{shell}");
+        }
+        let folder = tempfile::tempdir().unwrap();
+        clap_mangen::generate_to(Cli::command(), folder.path()).unwrap();
+        let page = std::fs::read_to_string(folder.path().join("wiremesh-service-create.1"));
+        assert!(page.unwrap().contains("publish"));
+    }
+
+    /// `docs/cli.md` is what this prints: set WIREMESH_WRITE_DOCS to write it.
+    #[test]
+    fn the_reference_is_generated() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/cli.md");
+        // One for all terminals.
+        let options = clap_markdown::MarkdownOptions::new()
+            .title("Command line".to_owned())
+            .show_footer(false);
+        let now = clap_markdown::help_markdown_command_custom(&Cli::command(), &options);
+        let now = now.lines().map(|line| format!("{}\n", line.trim_end())).collect::<String>();
+        if std::env::var_os("WIREMESH_WRITE_DOCS").is_some() {
+            std::fs::write(path, &now).unwrap();
+        }
+        let written = std::fs::read_to_string(path).unwrap_or_default();
+        assert!(written == now, "docs/cli.md is out of date: run this with WIREMESH_WRITE_DOCS=1");
+    }
+
+    #[test]
+    fn what_the_api_says_becomes_an_exit_code() {
+        use crate::api::Problem;
+        use hyper::StatusCode;
+        let code = |error: ClientError| exit_code(&Report::new(error));
+        let refused = |status| code(ClientError::Refused(Problem::new(status, "No.")));
+        assert_eq!(refused(StatusCode::NOT_FOUND), ExitCode::from(3));
+        assert_eq!(refused(StatusCode::PRECONDITION_FAILED), ExitCode::from(4));
+        assert_eq!(refused(StatusCode::UNPROCESSABLE_ENTITY), ExitCode::FAILURE);
+        let (socket, timeout) = (String::new(), Duration::ZERO);
+        assert_eq!(code(ClientError::Silent { socket, timeout }), ExitCode::from(5));
     }
 }

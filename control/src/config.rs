@@ -7,20 +7,25 @@ mod file;
 mod finding;
 mod services;
 mod settings;
+mod spec;
 mod syntax;
 
 use std::{
     fs, io,
-    net::{IpAddr, Ipv6Addr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
 };
 
-use dataplane::{connections::Timeouts, wire::ethernet::MacAddr};
+use dataplane::{
+    connections::{self, AllocationError, Timeouts},
+    wire::ethernet::MacAddr,
+};
 use serde::Deserialize;
 
 pub use self::{
     finding::{ConfigErrors, Finding, LoadError, Warning},
     settings::MIN_HANG_TIMEOUT_MS,
+    spec::{BackendSpec, Mode, Remark, ServiceSpec},
 };
 use crate::desired::Desired;
 
@@ -29,6 +34,8 @@ use crate::desired::Desired;
 pub struct Config {
     /// This machine.
     pub node: Node,
+    /// Where operators and programs ask and tell.
+    pub api: Api,
     /// Sockets, rings and workers.
     pub dataplane: Dataplane,
     /// The table of remembered flows.
@@ -60,8 +67,34 @@ pub struct Node {
     pub cores: Cores,
     /// Whether ARP and neighbour solicitations for VIPs are answered.
     pub answer_arp: bool,
-    /// Where the command line finds the daemon.
-    pub control_socket: PathBuf,
+}
+
+/// `[api]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Api {
+    /// The Unix socket it is served on.
+    pub socket: PathBuf,
+    /// Who may use that, as `chmod` counts.
+    pub socket_mode: u32,
+    /// Addresses that it is served on by TCP, too.
+    pub listen: Vec<SocketAddr>,
+    /// How; `None`: plain, on loopback addresses only.
+    pub tls: Option<Tls>,
+    /// Where services that were given through it are kept.
+    pub state_directory: PathBuf,
+    /// Services, and backends, that have metrics of their own.
+    pub metrics_limit: u32,
+}
+
+/// What TLS needs: files in PEM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tls {
+    /// Our certificate, and those between it and a root.
+    pub certificate: PathBuf,
+    /// Its private key.
+    pub key: PathBuf,
+    /// Whose certificates clients must have.
+    pub client_ca: PathBuf,
 }
 
 /// How many threads forward packets.
@@ -193,6 +226,8 @@ pub enum HugePages {
 pub struct Connections {
     /// Entries of each worker: a power of two.
     pub capacity: u32,
+    /// New flows that each worker remembers in a second: SYNs, and as many others.
+    pub admissions_per_s: u32,
     /// Idle time of a flow that has had no second packet yet.
     pub unconfirmed_s: u32,
     /// Idle time of a TCP connection.
@@ -244,8 +279,27 @@ impl Default for Node {
             workers: Workers::Auto,
             cores: Cores::Auto,
             answer_arp: false,
-            control_socket: PathBuf::from("/run/wiremesh/control.sock"),
         }
+    }
+}
+
+impl Default for Api {
+    fn default() -> Self {
+        Self {
+            socket: PathBuf::from("/run/wiremesh/api.sock"),
+            socket_mode: 0o660,
+            listen: Vec::new(),
+            tls: None,
+            state_directory: PathBuf::from("/var/lib/wiremesh"),
+            metrics_limit: 10_000,
+        }
+    }
+}
+
+impl Node {
+    /// Its own ends of tunnels, as far as they are said.
+    pub fn vteps(&self) -> Vec<IpAddr> {
+        self.vtep.into_iter().chain(self.vtep6.map(IpAddr::V6)).collect()
     }
 }
 
@@ -293,6 +347,7 @@ impl Default for Connections {
     fn default() -> Self {
         Self {
             capacity: 1 << 20,
+            admissions_per_s: 50_000,
             unconfirmed_s: 30,
             tcp_idle_s: 4 * 60 * 60,
             tcp_closing_s: 60,
@@ -304,8 +359,17 @@ impl Default for Connections {
 impl Connections {
     /// The timeouts, as the table takes them.
     pub fn timeouts(&self) -> Timeouts {
-        let Self { unconfirmed_s, tcp_idle_s, tcp_closing_s, udp_idle_s, capacity: _ } = *self;
+        let Self { unconfirmed_s, tcp_idle_s, tcp_closing_s, udp_idle_s, .. } = *self;
         Timeouts { unconfirmed_s, tcp_idle_s, tcp_closing_s, udp_idle_s }
+    }
+
+    /// A worker's table.
+    ///
+    /// # Errors
+    /// If there is no memory for it.
+    pub fn table(&self) -> Result<connections::Connections, AllocationError> {
+        let table = connections::Connections::new(self.capacity as usize, &self.timeouts())?;
+        Ok(table.admitting(self.admissions_per_s))
     }
 }
 
@@ -368,6 +432,7 @@ impl Config {
 
     fn from_keys(written: &file::File, report: &mut finding::Report) -> Self {
         let node = settings::node(&written.node, report);
+        let api = settings::api(&written.api, report);
         let dataplane = settings::dataplane(&written.dataplane, report);
         let connections = settings::connections(&written.connections, report);
         let maglev = settings::maglev(&written.maglev, report);
@@ -375,7 +440,7 @@ impl Config {
         let next_hops = services::next_hops(&written.next_hop, report);
         let vteps = settings::vteps(&node, &written.node);
         let desired = services::services(&written.service, vteps, &maglev, &limits, report);
-        Self { node, dataplane, connections, maglev, limits, next_hops, desired }
+        Self { node, api, dataplane, connections, maglev, limits, next_hops, desired }
     }
 
     /// The keys that differ in `new` and that a running process cannot change. The rest (services,
@@ -394,8 +459,9 @@ impl Config {
         }
         differing! {
             node: Node {
-                name, interfaces, vtep, vtep6, workers, cores, control_socket; answer_arp
+                name, interfaces, vtep, vtep6, workers, cores; answer_arp
             }
+            api: Api { socket, socket_mode, listen, tls, state_directory, metrics_limit }
             dataplane: Dataplane {
                 xdp_mode, copy_mode, idle, idle_spin_us, frame_size_bytes, frames_per_queue,
                 ring_size, rx_ring_size, tx_ring_size, fill_ring_size, completion_ring_size,
@@ -403,7 +469,7 @@ impl Config {
                 prefer_busy_poll, icmp_errors_per_s, hang_timeout_ms
             }
             connections: Connections {
-                capacity, unconfirmed_s, tcp_idle_s, tcp_closing_s, udp_idle_s
+                capacity, admissions_per_s, unconfirmed_s, tcp_idle_s, tcp_closing_s, udp_idle_s
             }
             maglev: Maglev { table_size, seed }
             limits: Limits { backends, vips }

@@ -5,7 +5,6 @@
 //! sockets and the XDP program are gone with it, and only a new start brings them back.
 
 mod report;
-mod socket;
 mod steering;
 
 use std::{
@@ -28,22 +27,24 @@ use dataplane::{
 };
 use tokio::{
     signal::unix::{SignalKind, signal},
+    sync::watch,
     time::{self, Instant},
 };
 use tracing::{error, info, warn};
 
-use self::{
-    report::warn_too_large,
-    socket::{SocketError, StatusSocket},
-    steering::Steered,
-};
+use self::{report::warn_too_large, steering::Steered};
 use crate::{
+    api::{Api, ApiSocket, Changes, Refusal, SocketError, TcpDoor, TcpError},
     causes,
     config::{Config, Exceeded, LoadError, Warning},
+    desired::{Conflict, Service, join},
     link::{self, LinkError},
     next_hop::{Hops, NextHopError, NextHops},
     plan::{Inputs, Interface, Placement, Plan, PlanError, Planner, Settings, SteerKey},
-    source::file::{Cause, FileSource, FileSourceError},
+    source::{
+        api::{Store, StoreError},
+        file::{Cause, FileSource, FileSourceError},
+    },
     workers::{Fleet, NotSteered, Queues, StartError},
 };
 
@@ -73,6 +74,16 @@ pub enum RunError {
     /// Watching it.
     #[error(transparent)]
     FileSource(#[from] FileSourceError),
+    /// What was given through the API.
+    #[error(transparent)]
+    #[diagnostic(transparent)]
+    Store(#[from] StoreError),
+    /// The file and the API want what excludes each other.
+    #[error(transparent)]
+    #[diagnostic(help(
+        "change the configuration file; what is the API's is kept in api.state_directory, a file each"
+    ))]
+    Conflict(#[from] Conflict),
     /// The interfaces.
     #[error(transparent)]
     Link(#[from] LinkError),
@@ -94,9 +105,12 @@ pub enum RunError {
     /// The privileges, or the kernel.
     #[error(transparent)]
     Xsk(#[from] XskError),
-    /// The status socket.
+    /// The API's socket.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// The API's addresses.
+    #[error(transparent)]
+    Tcp(#[from] TcpError),
     /// Signals.
     #[error("cannot listen for signals")]
     Signal(#[source] io::Error),
@@ -119,12 +133,23 @@ pub enum RunError {
 /// If it can't start, or loses an interface. Other failures are logged and change nothing.
 pub async fn run(path: &Path) -> Result<(), RunError> {
     let mut source = FileSource::new(path)?;
-    let (config, warnings) = source.load()?;
+    let (mut config, warnings) = source.load()?;
     log_warnings(&warnings);
     // First, for whoever lacks this privilege may well not listen either.
     xsk::permitted()?;
-    let socket = StatusSocket::bind(&config.node.control_socket).await?;
-    let mut daemon = Daemon::start(config).await?;
+    let socket = ApiSocket::bind(&config.api.socket, config.api.socket_mode).await?;
+    let doors = TcpDoor::open_all(&config.api).await?;
+    // Read once nobody else can be using it.
+    let (store, services) = Store::open(&config.api.state_directory, &config.maglev)?;
+    let wanted = Wanted {
+        file: std::mem::take(&mut config.desired.services),
+        api: services.values().cloned().collect(),
+    };
+    let mut daemon = Daemon::start(config, wanted).await?;
+    let (shown, views) = watch::channel(daemon.view());
+    let limits = daemon.config.limits.clone();
+    let (changes, mut wanted) = Changes::start(store, services, limits, views.clone());
+    let api = tokio::spawn(Api::new(daemon.observed(), views, changes).serve(socket, doors));
     let mut terminate = signal(SignalKind::terminate()).map_err(RunError::Signal)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Signal)?;
     let mut hops = daemon.next_hops.subscribe();
@@ -137,6 +162,12 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
             _ = terminate.recv() => break Ok(()),
             _ = interrupt.recv() => break Ok(()),
             change = source.next() => daemon.reload(change.cause, change.loaded).await,
+            Some(wanted) = wanted.recv() => {
+                let outcome = daemon.want(wanted.services).await;
+                // Who is told that it is done shall see it.
+                daemon.show(&shown);
+                let _ = wanted.outcome.send(outcome);
+            }
             Ok(()) = hops.changed() => {
                 let hops = hops.borrow_and_update().clone();
                 daemon.rehop(hops).await;
@@ -147,20 +178,27 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
             _ = relink.tick() => if let Err(lost) = daemon.relink().await {
                 break Err(lost);
             },
-            client = socket.accept() => {
-                let status = serde_json::to_vec(&daemon.status()).expect("a status is plain data");
-                socket::answer(client, status);
-            }
         }
+        daemon.show(&shown);
     };
+    api.abort();
     info!("stopping: the kernel gets all packets again");
     drop(daemon);
     ended
 }
 
+/// What each source wants.
+#[derive(Clone, Debug, Default)]
+struct Wanted {
+    file: Vec<Arc<Service>>,
+    api: Vec<Arc<Service>>,
+}
+
 /// The daemon's state.
 struct Daemon {
+    /// As it runs: with the services of all sources.
     config: Config,
+    wanted: Wanted,
     interfaces: Vec<Interface>,
     next_hops: NextHops,
     hops: Hops,
@@ -169,7 +207,7 @@ struct Daemon {
     fleet: Fleet,
     publisher: Publisher<Forwarding>,
     generation: Generation,
-    backends: Vec<Placement>,
+    backends: Arc<[Placement]>,
     steered: Steered,
     refused: Option<String>,
     /// Rx queues of each interface.
@@ -179,7 +217,9 @@ struct Daemon {
 }
 
 impl Daemon {
-    async fn start(config: Config) -> Result<Self, RunError> {
+    async fn start(mut config: Config, wanted: Wanted) -> Result<Self, RunError> {
+        config.desired = join(&[&wanted.file, &wanted.api], &config.node.vteps())?;
+        config.limits.admit(&config.desired)?;
         let names = match &config.node.interfaces[..] {
             [] => vec![link::default_route_interface().await?],
             names => names.to_vec(),
@@ -208,6 +248,7 @@ impl Daemon {
         let generation = publisher.generation();
         let mut daemon = Self {
             config,
+            wanted,
             interfaces,
             next_hops,
             hops,
@@ -215,7 +256,7 @@ impl Daemon {
             fleet,
             publisher,
             generation,
-            backends: plan.backends,
+            backends: plan.backends.into(),
             steered: Steered::default(),
             refused: None,
             rx_queues: links.iter().map(|link| link.rx_queues).collect(),
@@ -248,27 +289,52 @@ impl Daemon {
         }
         // Only what can change while running is taken over, so that the rest goes on saying what is true.
         let mut next = self.config.clone();
-        next.desired = config.desired;
         next.next_hops = config.next_hops;
         next.node.answer_arp = config.node.answer_arp;
-        match self.take_over(next).await {
+        let wanted = Wanted { file: config.desired.services, api: self.wanted.api.clone() };
+        match self.take_over(next, wanted).await {
             Ok(()) => {
                 self.refused = None;
                 info!(?cause, generation = self.generation.get(), "configuration taken over");
             }
             Err(refused) => self.refused = Some(causes::line(causes::of(&refused))),
         }
-        // Nobody else's ways are followed any more, or still.
-        self.next_hops.want(vteps(&self.config));
+    }
+
+    /// What the API wants, all of it.
+    async fn want(&mut self, services: Vec<Arc<Service>>) -> Result<(), Refusal> {
+        let wanted = Wanted { api: services, file: self.wanted.file.clone() };
+        self.take_over(self.config.clone(), wanted).await.map_err(|refused| {
+            let sentence = causes::line(causes::of(&refused));
+            match changed_something(&refused) {
+                true => Refusal::Failed(sentence),
+                false => Refusal::Impossible(sentence),
+            }
+        })
     }
 
     /// Goes over to another configuration, or back to this one.
-    async fn take_over(&mut self, next: Config) -> Result<(), RunError> {
-        let admitted = self.config.limits.admit(&next.desired);
+    async fn take_over(&mut self, mut next: Config, wanted: Wanted) -> Result<(), RunError> {
+        let joined = join(&[&wanted.file, &wanted.api], &next.node.vteps());
+        let admitted = joined.map_err(RunError::from).and_then(|desired| {
+            self.config.limits.admit(&desired)?;
+            next.desired = desired;
+            Ok(())
+        });
         if let Err(refused) = admitted {
-            error!("configuration refused, the running state stays: {refused}");
-            return Err(refused.into());
+            error!("change refused, the running state stays: {refused}");
+            return Err(refused);
         }
+        let outcome = self.go_over(next).await;
+        if outcome.is_ok() {
+            self.wanted = wanted;
+        }
+        // Nobody else's ways are followed any more, or still.
+        self.next_hops.want(vteps(&self.config));
+        outcome
+    }
+
+    async fn go_over(&mut self, next: Config) -> Result<(), RunError> {
         // Those of the running state too, which may have to stay.
         self.next_hops.want(&vteps(&self.config) | &vteps(&next));
         self.next_hops.settled(SETTLE_TIMEOUT).await;
@@ -278,15 +344,15 @@ impl Daemon {
         self.config = before;
         let sentence = causes::line(causes::of(&refused));
         if !changed_something(&refused) {
-            error!("configuration refused, the running state stays: {sentence}");
+            error!("change refused, the running state stays: {sentence}");
             return Err(refused);
         }
         match self.replan(hops).await {
             Ok(()) => {
-                error!("configuration not taken over, the state before is restored: {sentence}")
+                error!("change not taken over, the state before is restored: {sentence}")
             }
             Err(again) => error!(
-                "configuration taken over in part, and the state before can't be restored, restart: \
+                "change taken over in part, and the state before can't be restored, restart: \
                  {sentence}; {}",
                 causes::line(causes::of(&again))
             ),
@@ -390,7 +456,7 @@ impl Daemon {
         self.steer_less(&steer).await?;
         self.generation = self.publisher.publish(Arc::new(forwarding));
         self.hops = hops;
-        let before = std::mem::replace(&mut self.backends, backends);
+        let before = std::mem::replace(&mut self.backends, backends.into());
         self.log_unreachable(&before);
         self.acknowledged().await;
         self.steer_more(&steer)?;

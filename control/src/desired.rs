@@ -1,21 +1,23 @@
 //! What operators want: plain data that every source produces and `plan` reads. It knows no tables, no
 //! kernel and no packets.
 
-use std::{fmt, net::IpAddr, str::FromStr};
+use std::{collections::HashMap, fmt, net::IpAddr, str::FromStr, sync::Arc};
 
 use dataplane::{flow::protocol, wire::ethernet::MacAddr};
+
+use crate::config::ServiceSpec;
 
 /// Everything that is wanted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Desired {
-    /// In the order of the source.
-    pub services: Vec<Service>,
+    /// In the order of the source. Shared: most stay the same from one state to the next.
+    pub services: Vec<Arc<Service>>,
 }
 
 impl Desired {
     /// All backends with their services, in the order of a plan's placements.
     pub fn backends<'a>(&'a self) -> impl Iterator<Item = (&'a Service, &'a Backend)> {
-        let of = |service: &'a Service| service.backends.iter().map(move |b| (service, b));
+        let of = |service: &'a Arc<Service>| service.backends.iter().map(move |b| (&**service, b));
         self.services.iter().flat_map(of)
     }
 }
@@ -115,9 +117,31 @@ impl Vni {
     }
 }
 
+/// Who says that a service is wanted, and alone may change it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// The configuration file.
+    File,
+    /// The HTTP API.
+    Api,
+}
+
+impl fmt::Display for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::File => "file",
+            Self::Api => "api",
+        })
+    }
+}
+
 /// What clients connect to, and who serves them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
+    /// Where it comes from.
+    pub owner: Owner,
+    /// In whose words, if they are to be shown again as they are.
+    pub written: Option<Arc<ServiceSpec>>,
     /// Unique.
     pub name: String,
     /// The address.
@@ -149,4 +173,161 @@ pub struct Backend {
     pub mtu: Option<u16>,
     /// What the outer UDP checksum is. `None`: zero over IPv4, computed over IPv6.
     pub udp_checksum: Option<bool>,
+}
+
+/// What two services can't both have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Claim {
+    /// Their name.
+    Name,
+    /// A port of a VIP.
+    Port(IpAddr, ServicePort),
+    /// One's VIP is where the other's tunnel ends: its packets would come back to us.
+    TunnelEnd(IpAddr),
+}
+
+/// Two services that can't stand side by side.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub struct Conflict {
+    /// What they both claim.
+    pub claim: Claim,
+    /// One, and whose it is; for a tunnel's end, the one whose VIP it is.
+    pub one: (Owner, String),
+    /// The other; for a tunnel's end, the one with the tunnel, or `None` if it is this node's own end.
+    pub other: Option<(Owner, String)>,
+}
+
+impl fmt::Display for Conflict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (owner, name) = &self.one;
+        let whose = |f: &mut fmt::Formatter<'_>| match &self.other {
+            Some((owner, name)) => write!(f, "the {owner}'s `{name}`"),
+            None => f.write_str("this node"),
+        };
+        match self.claim {
+            Claim::Name => {
+                write!(f, "the {owner}'s `{name}` and ")?;
+                whose(f)?;
+                f.write_str(" have the same name")
+            }
+            Claim::Port(vip, port) => {
+                write!(f, "the {owner}'s `{name}` and ")?;
+                whose(f)?;
+                write!(f, " both publish {port} of {vip}")
+            }
+            Claim::TunnelEnd(vip) => {
+                write!(f, "{vip} is the VIP of the {owner}'s `{name}`, and a tunnel of ")?;
+                whose(f)?;
+                f.write_str(" ends there")
+            }
+        }
+    }
+}
+
+/// The services of all sources together. `vteps` are this node's own ends of tunnels.
+///
+/// # Errors
+/// The first conflict.
+pub fn join(sources: &[&[Arc<Service>]], vteps: &[IpAddr]) -> Result<Desired, Conflict> {
+    let services: Vec<Arc<Service>> = sources.concat();
+    let claimant = |service: &Service| (service.owner, service.name.clone());
+    let conflict = |claim, one: &Service, other: &Service| {
+        Err(Conflict { claim, one: claimant(one), other: Some(claimant(other)) })
+    };
+    let (mut names, mut ports, mut vips) = (HashMap::new(), HashMap::new(), HashMap::new());
+    for service in &services {
+        if let Some(first) = names.insert(service.name.as_str(), service) {
+            return conflict(Claim::Name, first, service);
+        }
+        for port in &service.ports {
+            if let Some(first) = ports.insert((service.vip, *port), service) {
+                return conflict(Claim::Port(service.vip, *port), first, service);
+            }
+        }
+        vips.insert(service.vip, service);
+    }
+    let own = vteps.iter().map(|vtep| (*vtep, None));
+    let tunnels = services.iter().flat_map(|service| {
+        service.backends.iter().map(move |backend| (backend.vtep, Some(service)))
+    });
+    for (vtep, service) in own.chain(tunnels) {
+        if let Some(at) = vips.get(&vtep) {
+            let other = service.map(|service| claimant(service));
+            return Err(Conflict { claim: Claim::TunnelEnd(vtep), one: claimant(at), other });
+        }
+    }
+    Ok(Desired { services })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn service(owner: Owner, name: &str, vip: &str, port: u16, vtep: &str) -> Arc<Service> {
+        let spec = ServiceSpec {
+            name: Some(name.to_owned()),
+            vip: Some(vip.to_owned()),
+            ports: Some(vec![format!("{port}/tcp")]),
+            vni: Some(1),
+            backends: vec![crate::config::BackendSpec {
+                name: Some("one".to_owned()),
+                vtep: Some(vtep.to_owned()),
+                mac: Some("02:00:00:00:00:01".to_owned()),
+                ..Default::default()
+            }],
+            ..ServiceSpec::default()
+        };
+        let (service, _) = spec.understand(&Default::default()).unwrap();
+        Arc::new(Service { owner, ..service })
+    }
+
+    #[test]
+    fn what_two_sources_want_stands_side_by_side_or_is_refused_with_a_sentence() {
+        let file = [service(Owner::File, "web", "192.0.2.1", 80, "10.0.0.2")];
+        let own = ["10.0.0.1".parse().unwrap()];
+        let joined = |name: &str, vip: &str, port, vtep: &str| {
+            let api = [service(Owner::Api, name, vip, port, vtep)];
+            join(&[&file, &api], &own).map(|desired| desired.services.len())
+        };
+        assert_eq!(joined("shop", "192.0.2.1", 81, "10.0.0.2"), Ok(2));
+        for (name, vip, port, vtep, sentence) in [
+            (
+                "web",
+                "192.0.2.9",
+                80,
+                "10.0.0.2",
+                "the file's `web` and the api's `web` have the same name",
+            ),
+            (
+                "shop",
+                "192.0.2.1",
+                80,
+                "10.0.0.2",
+                "the file's `web` and the api's `shop` both publish 80/tcp of 192.0.2.1",
+            ),
+            (
+                "shop",
+                "10.0.0.2",
+                81,
+                "10.0.0.3",
+                "10.0.0.2 is the VIP of the api's `shop`, and a tunnel of the file's `web` ends there",
+            ),
+            (
+                "shop",
+                "192.0.2.9",
+                81,
+                "192.0.2.1",
+                "192.0.2.1 is the VIP of the file's `web`, and a tunnel of the api's `shop` ends there",
+            ),
+            (
+                "shop",
+                "10.0.0.1",
+                81,
+                "10.0.0.3",
+                "10.0.0.1 is the VIP of the api's `shop`, and a tunnel of this node ends there",
+            ),
+        ] {
+            assert_eq!(joined(name, vip, port, vtep).unwrap_err().to_string(), sentence);
+        }
+    }
 }

@@ -1,25 +1,29 @@
 //! `wiremesh explain`: which backend a connection would get, and why. It runs the packet path's own
-//! `select` on a scratch table.
+//! `select` on a scratch table; of a running daemon it looks into the workers' tables too.
 
 use std::{
     fmt,
     net::{IpAddr, SocketAddr},
+    sync::{Mutex, OnceLock, PoisonError},
 };
 
 use dataplane::{
-    connections::{AllocationError, Connections, Timeouts},
-    counters::Counters,
+    connections::{AllocationError, Connections, Timeouts, Verdict},
+    counters::{Counters, DropReason},
     flow::{Flow, FlowKey, HashKey, Kind, protocol, tcp_flags},
+    forwarding::Forwarding,
     select::{self, Context},
     time::Tick,
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::{
     config::Config,
-    desired::{Backend, Protocol, Service, ServicePort, port_ranges},
+    desired::{Backend, Desired, Protocol, Service, ServicePort, port_ranges},
     offline::Offline,
-    plan::PlanError,
+    plan::{Placement, PlanError},
+    view::{self, Observed, View},
 };
 
 /// Why there is no explanation.
@@ -37,7 +41,7 @@ pub enum ExplainError {
 }
 
 /// What would happen to a connection's first packet.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "verdict", rename_all = "kebab-case")]
 pub enum Explanation {
     /// It goes to a backend.
@@ -51,6 +55,7 @@ pub enum Explanation {
         /// The shares of all backends together.
         weights: u32,
         /// The node that runs it.
+        #[schema(value_type = String)]
         vtep: IpAddr,
         /// The tunnel's UDP port.
         port: u16,
@@ -62,6 +67,8 @@ pub enum Explanation {
         candidates: usize,
         /// Those that drain.
         draining: Vec<String>,
+        /// Those that can't be reached.
+        unreachable: Vec<String>,
         /// Why this one.
         why: String,
     },
@@ -105,6 +112,43 @@ impl fmt::Display for Explanation {
     }
 }
 
+/// What would happen to a connection's first packet, and what is remembered of the connection.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Explained {
+    /// As if it were new.
+    #[serde(flatten)]
+    pub first_packet: Explanation,
+    /// Who remembers it. A packet that is no SYN goes where the worker that gets it remembers.
+    pub remembered: Vec<Remembered>,
+}
+
+/// A worker remembers a connection.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Remembered {
+    /// The worker.
+    pub worker: usize,
+    /// Whose it is.
+    pub backend: String,
+    /// `active`, `draining` or `unreachable`; `gone` if the backend was removed: then it is chosen anew.
+    pub state: String,
+}
+
+impl fmt::Display for Explained {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.first_packet)?;
+        if self.remembered.is_empty() {
+            return writeln!(f, "now      no worker remembers it: its next packet is treated so");
+        }
+        for Remembered { worker, backend, state } in &self.remembered {
+            match &**state {
+                "gone" => writeln!(f, "now      worker {worker} remembers a backend that is gone")?,
+                _ => writeln!(f, "now      worker {worker} remembers {backend}, which is {state}")?,
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Explains what would happen to the first packet from `client` to `vip`.
 ///
 /// # Errors
@@ -115,48 +159,111 @@ pub fn explain(
     client: SocketAddr,
     vip: SocketAddr,
 ) -> Result<Explanation, ExplainError> {
-    if client.is_ipv4() != vip.is_ipv4() {
-        return Err(ExplainError::MixedFamilies(client, vip));
+    let flow = first_packet(protocol, client, vip)?;
+    let Offline { forwarding, backends, .. } = Offline::new(config)?;
+    explained(&flow, protocol, vip, (&config.desired, &backends, &forwarding))
+}
+
+/// The same of a running daemon, and what its workers remember.
+///
+/// # Errors
+/// If there can be no such packet.
+pub fn running(
+    observed: &Observed,
+    view: &View,
+    protocol: Protocol,
+    client: SocketAddr,
+    vip: SocketAddr,
+) -> Result<Explained, ExplainError> {
+    let flow = first_packet(protocol, client, vip)?;
+    let state = (&view.desired, &*view.placements, &*view.forwarding);
+    let first_packet = explained(&flow, protocol, vip, state)?;
+    let key = &flow.key;
+    let Some(service) = view.forwarding.service_at(key.dst, key.protocol, key.dst_port) else {
+        return Ok(Explained { first_packet, remembered: Vec::new() });
+    };
+    // What is remembered counts, also if its backend can't be reached now, or is gone: then it has no slot.
+    let judge = |slot| match view.forwarding.backend(slot) {
+        Some(backend) if backend.service == service => Verdict::Serves(Some(slot)),
+        Some(_) => Verdict::Stranger,
+        None => Verdict::Serves(None),
+    };
+    let (hash, now) = (key.hash(&observed.hash_key), observed.now());
+    let remembered = observed.workers.iter().enumerate().filter_map(|(worker, handle)| {
+        let (backend, state) = match handle.connections.find(hash, now, judge)? {
+            None => (String::new(), "gone"),
+            Some(slot) => {
+                let placed = view.desired.backends().zip(view.placements.iter());
+                let mut here = placed.filter(|(_, placement)| placement.slot == slot);
+                let ((_, backend), placement) = here.next()?;
+                (backend.name.clone(), view::state(backend, placement))
+            }
+        };
+        Some(Remembered { worker, backend, state: state.to_owned() })
+    });
+    Ok(Explained { first_packet, remembered: remembered.collect() })
+}
+
+/// A table lives as long as the process, so there is one for all explanations. Each looks for another hash
+/// in it than those before, and finds nothing.
+static SCRATCH: OnceLock<Mutex<Connections>> = OnceLock::new();
+
+fn explained(
+    flow: &Flow,
+    protocol: Protocol,
+    vip: SocketAddr,
+    (desired, placements, forwarding): (&Desired, &[Placement], &Forwarding),
+) -> Result<Explanation, ExplainError> {
+    if SCRATCH.get().is_none() {
+        let _ = SCRATCH.set(Mutex::new(Connections::new(16, &Timeouts::default())?));
     }
-    let offline = Offline::new(config)?;
-    let flow = first_packet(protocol, client, vip);
-    let mut connections = Connections::new(16, &Timeouts::default())?;
+    let scratch = SCRATCH.get().expect("set above");
+    let mut connections = scratch.lock().unwrap_or_else(PoisonError::into_inner);
     let counters = Counters::new(0);
     let mut context = Context::new(&mut connections, &[], &counters, Tick(0));
     let hash = flow.key.hash(&HashKey::random());
-    let selected = match select::select(&flow, hash, &offline.forwarding, &mut context) {
-        Ok(selected) => selected,
-        Err(reason) => {
-            return Ok(Explanation::Dropped {
-                reason: reason.label().to_owned(),
-                sentence: reason.sentence().to_owned(),
-                why: why_dropped(config, protocol, vip),
-            });
-        }
+    let dropped = |reason: DropReason, why| {
+        let (reason, sentence) = (reason.label().to_owned(), reason.sentence().to_owned());
+        Ok(Explanation::Dropped { reason, sentence, why })
     };
-    let (service, backend) = config
-        .desired
-        .backends()
-        .zip(&offline.backends)
+    let selected = match select::select(flow, hash, forwarding, &mut context) {
+        Ok(selected) => selected,
+        Err(reason) => return dropped(reason, why_dropped(desired, protocol, vip)),
+    };
+    let mut placed = desired.backends().zip(placements);
+    let ((service, backend), placement) = placed
         .find(|(_, placement)| placement.slot == selected.slot)
-        .map(|(both, _)| both)
         .expect("a selected slot was placed");
-    Ok(forwarded(service, backend))
+    if let Some(why) = &placement.unreachable {
+        let why =
+            format!("none of {}'s backends can be reached; {}: {why}", service.name, backend.name);
+        return dropped(DropReason::NextHopUnresolved, why);
+    }
+    let own = view::placed(desired, placements).find(|(own, _)| own.name == service.name);
+    let (_, own) = own.expect("it is one of them");
+    Ok(forwarded(service, own, backend))
 }
 
-fn forwarded(service: &Service, backend: &Backend) -> Explanation {
-    let (takers, draining): (Vec<&Backend>, Vec<&Backend>) =
-        service.backends.iter().partition(|backend| backend.weight > 0);
-    let draining: Vec<String> = draining.into_iter().map(|backend| backend.name.clone()).collect();
+fn forwarded(service: &Service, placements: &[Placement], backend: &Backend) -> Explanation {
+    let (mut takers, mut draining, mut unreachable) = (Vec::new(), Vec::new(), Vec::new());
+    for (backend, placement) in service.backends.iter().zip(placements) {
+        match view::state(backend, placement) {
+            "active" => takers.push(backend),
+            "draining" => draining.push(backend.name.clone()),
+            _ => unreachable.push(backend.name.clone()),
+        }
+    }
     let choice = match takers.len() {
         1 => "it is the only backend that takes new connections".to_owned(),
         count => format!("Maglev chooses it among {count} backends"),
     };
-    let drain = match &draining[..] {
+    let those = |names: &[String], one: &str, many: &str| match names {
         [] => String::new(),
-        [one] => format!("; {one} drains"),
-        names => format!("; {} drain", names.join(", ")),
+        [name] => format!("; {name} {one}"),
+        names => format!("; {} {many}", names.join(", ")),
     };
+    let drain = those(&draining, "drains", "drain");
+    let away = those(&unreachable, "can't be reached", "can't be reached");
     Explanation::Forwarded {
         service: service.name.clone(),
         backend: backend.name.clone(),
@@ -168,13 +275,14 @@ fn forwarded(service: &Service, backend: &Backend) -> Explanation {
         mac: backend.mac.to_string(),
         candidates: takers.len(),
         draining,
-        why: format!("{choice}{drain}; a remembered connection keeps its backend"),
+        unreachable,
+        why: format!("{choice}{drain}{away}; a remembered connection keeps its backend"),
     }
 }
 
 /// What the configuration has instead of what was asked for.
-fn why_dropped(config: &Config, protocol: Protocol, vip: SocketAddr) -> String {
-    let at_vip = || config.desired.services.iter().filter(|service| service.vip == vip.ip());
+fn why_dropped(desired: &Desired, protocol: Protocol, vip: SocketAddr) -> String {
+    let at_vip = || desired.services.iter().filter(|service| service.vip == vip.ip());
     let asked = ServicePort { port: vip.port(), protocol };
     if let Some(service) = at_vip().find(|service| service.ports.contains(&asked)) {
         return match service.backends.len() {
@@ -192,7 +300,14 @@ fn why_dropped(config: &Config, protocol: Protocol, vip: SocketAddr) -> String {
     }
 }
 
-fn first_packet(protocol: Protocol, client: SocketAddr, vip: SocketAddr) -> Flow {
+fn first_packet(
+    protocol: Protocol,
+    client: SocketAddr,
+    vip: SocketAddr,
+) -> Result<Flow, ExplainError> {
+    if client.is_ipv4() != vip.is_ipv4() {
+        return Err(ExplainError::MixedFamilies(client, vip));
+    }
     let protocol = protocol.number();
     let key = FlowKey {
         src: client.ip().into(),
@@ -201,7 +316,7 @@ fn first_packet(protocol: Protocol, client: SocketAddr, vip: SocketAddr) -> Flow
         dst_port: vip.port(),
         protocol,
     };
-    Flow {
+    Ok(Flow {
         key,
         kind: Kind::Packet,
         tcp_flags: if protocol == protocol::TCP { tcp_flags::SYN } else { 0 },
@@ -211,7 +326,7 @@ fn first_packet(protocol: Protocol, client: SocketAddr, vip: SocketAddr) -> Flow
         ip_len: 40,
         l4_offset: 34,
         protocol,
-    }
+    })
 }
 
 #[cfg(test)]

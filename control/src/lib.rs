@@ -1,6 +1,7 @@
 //! Wiremesh's control plane: what turns configuration and the kernel's knowledge into the snapshots that
 //! workers forward by, and what operators talk to.
 
+pub mod api;
 pub mod capture;
 pub mod causes;
 pub mod cli;
@@ -15,4 +16,5 @@ pub mod plan;
 pub mod replay;
 pub mod source;
 pub mod status;
+pub mod view;
 pub mod workers;

@@ -14,7 +14,7 @@ use std::{
 };
 
 use dataplane::{
-    connections::{AllocationError, Connections},
+    connections::AllocationError,
     counters::{Counters, Event},
     flow::HashKey,
     port::sim::{self, SimPort},
@@ -229,7 +229,6 @@ struct Rig {
 impl Rig {
     fn new(config: &Config) -> Result<Self, ReplayError> {
         let offline = Offline::new(config)?;
-        let connections = &config.connections;
         let mut publisher = Publisher::new(offline.forwarding);
         let counters = Arc::new(Counters::new(config.limits.backends as usize));
         let ports = offline.interfaces.len();
@@ -237,7 +236,7 @@ impl Rig {
             ports: (0..ports).map(|_| SimPort::new(FRAMES * ports, RING)).collect(),
             links: (0..ports).collect(),
             pool: sim::pool(FRAMES * ports, CHUNK_BYTES),
-            connections: Connections::new(connections.capacity as usize, &connections.timeouts())?,
+            connections: config.connections.table()?,
             peers: Vec::new(),
             published: publisher.subscribe(),
             counters: counters.clone(),

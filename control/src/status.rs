@@ -1,19 +1,20 @@
-//! What a running daemon tells about itself: a JSON document over a Unix socket, and its rendering for
-//! people.
+//! What a running daemon tells about itself: a JSON document, and its rendering for people.
 
 use std::{
     collections::BTreeMap,
     fmt::{self, Write as _},
 };
 
+use anstyle::{AnsiColor, Style};
 use dataplane::{
     counters::{Counters, DropReason, Event},
     port::xsk::Statistics,
 };
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// Everything.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Status {
     /// The node's name.
     pub node: String,
@@ -34,7 +35,7 @@ pub struct Status {
 }
 
 /// One worker.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct WorkerStatus {
     /// Its number.
     pub id: usize,
@@ -53,7 +54,7 @@ pub struct WorkerStatus {
 }
 
 /// One queue of one interface.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct PortStatus {
     /// The interface.
     pub interface: String,
@@ -73,7 +74,7 @@ pub struct PortStatus {
 }
 
 /// Packets dropped for one reason.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Drops {
     /// How many.
     pub count: u64,
@@ -82,10 +83,12 @@ pub struct Drops {
 }
 
 /// One service.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ServiceStatus {
     /// Its name.
     pub name: String,
+    /// Who may change it: `file` or `api`.
+    pub owner: String,
     /// Its address.
     pub vip: String,
     /// Its ports, as in `80/tcp`.
@@ -95,7 +98,7 @@ pub struct ServiceStatus {
 }
 
 /// One backend.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct BackendStatus {
     /// Its name.
     pub name: String,
@@ -172,7 +175,7 @@ pub fn write_counts<'a>(
         return writeln!(f, "{title}: none");
     }
     writeln!(f, "{title}:")?;
-    write_rows(f, &rows)
+    write_rows(f, &rows, false)
 }
 
 impl fmt::Display for Status {
@@ -233,45 +236,65 @@ fn write_worker(f: &mut fmt::Formatter<'_>, worker: &WorkerStatus) -> fmt::Resul
 
 fn write_service(f: &mut fmt::Formatter<'_>, service: &ServiceStatus) -> fmt::Result {
     writeln!(f, "service {} on {} {}", service.name, service.vip, service.ports.join(" "))?;
-    let rows: Vec<[String; 7]> = service
-        .backends
-        .iter()
-        .map(|b| {
-            [
-                b.name.clone(),
-                b.vtep.clone(),
-                b.weight.to_string(),
-                b.state.clone(),
-                b.connections.to_string(),
-                b.packets.to_string(),
-                b.bytes.to_string(),
-            ]
-        })
-        .collect();
+    write_backends(f, &service.backends)?;
+    writeln!(f)
+}
+
+/// Backends with what they were sent, and why some are unreachable.
+pub fn write_backends(f: &mut fmt::Formatter<'_>, backends: &[BackendStatus]) -> fmt::Result {
+    let row = |b: &BackendStatus| {
+        [
+            b.name.clone(),
+            b.vtep.clone(),
+            b.weight.to_string(),
+            b.state.clone(),
+            b.connections.to_string(),
+            b.packets.to_string(),
+            b.bytes.to_string(),
+        ]
+    };
+    let rows: Vec<_> = backends.iter().map(row).collect();
     let header = ["BACKEND", "VTEP", "WEIGHT", "STATE", "CONNECTIONS", "PACKETS", "BYTES"];
     write_table(f, &header, &rows)?;
-    for backend in &service.backends {
+    for backend in backends {
         if let Some(reason) = &backend.reason {
             writeln!(f, "  {} is unreachable: {reason}", backend.name)?;
         }
     }
-    writeln!(f)
+    Ok(())
 }
 
-/// A header and columns.
+/// A header and columns. The alternate form, `{:#}`, has colours.
 pub fn write_table<const N: usize>(
-    f: &mut impl fmt::Write,
+    f: &mut fmt::Formatter<'_>,
     header: &[&str; N],
     rows: &[[String; N]],
 ) -> fmt::Result {
     let header = header.map(str::to_owned);
     let all: Vec<_> = std::iter::once(&header).chain(rows).cloned().collect();
-    write_rows(f, &all)
+    let colours = f.alternate();
+    write_rows(f, &all, colours)
+}
+
+/// How a word stands out.
+fn style(cell: &str) -> Style {
+    match cell {
+        "active" | "ready" => AnsiColor::Green.on_default(),
+        "draining" => AnsiColor::Yellow.on_default(),
+        "unreachable" | "not ready" => AnsiColor::Red.on_default(),
+        _ => Style::new(),
+    }
 }
 
 /// Columns as wide as what is in them; numbers, and what heads them, to the right.
-fn write_rows<const N: usize>(f: &mut impl fmt::Write, rows: &[[String; N]]) -> fmt::Result {
-    let is_number = |cell: &String| cell.bytes().all(|byte| byte.is_ascii_digit());
+fn write_rows<const N: usize>(
+    f: &mut impl fmt::Write,
+    rows: &[[String; N]],
+    colours: bool,
+) -> fmt::Result {
+    let is_number = |cell: &String| {
+        cell.starts_with(|first: char| first.is_ascii_digit()) && cell.parse::<f64>().is_ok()
+    };
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
     let widths: [usize; N] = std::array::from_fn(|column| width(column).unwrap_or_default());
     let numeric: [bool; N] =
@@ -280,10 +303,11 @@ fn write_rows<const N: usize>(f: &mut impl fmt::Write, rows: &[[String; N]]) -> 
         let mut line = String::from(" ");
         for (column, cell) in row.iter().enumerate() {
             let width = widths[column];
+            let style = if colours { style(cell) } else { Style::new() };
             if numeric[column] {
-                write!(line, " {cell:>width$} ")?;
+                write!(line, " {style}{cell:>width$}{style:#} ")?;
             } else {
-                write!(line, " {cell:<width$} ")?;
+                write!(line, " {style}{cell:<width$}{style:#} ")?;
             }
         }
         writeln!(f, "{}", line.trim_end())?;
@@ -331,6 +355,7 @@ mod tests {
         };
         let service = ServiceStatus {
             name: "web".to_owned(),
+            owner: "file".to_owned(),
             vip: "203.0.113.10".to_owned(),
             ports: vec!["80/tcp".to_owned(), "443/udp".to_owned()],
             backends: vec![backend("web-1", "active", 10, 1200), lost],
@@ -382,6 +407,14 @@ drops:
   fragment     1  An IP fragment addressed to a VIP: fragments carry no ports and are not supported.
 ";
         assert_eq!(example().to_string(), expected);
+    }
+
+    #[test]
+    fn colours_stand_only_where_they_were_asked_for() {
+        assert!(!example().to_string().contains('\x1b'));
+        let coloured = format!("{:#}", example());
+        assert!(coloured.contains("\x1b[31munreachable\x1b[0m"), "{coloured}");
+        assert_eq!(coloured.lines().count(), example().to_string().lines().count());
     }
 
     #[test]

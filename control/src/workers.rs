@@ -23,7 +23,7 @@ use dataplane::{
     forwarding::Forwarding,
     port::{
         BURST,
-        xsk::{self, BindReport, Statistics, XskError, XskPort},
+        xsk::{self, BindReport, Rest, Statistics, XskError, XskPort},
     },
     publish::Publisher,
     steer::{self, Steer, SteerError},
@@ -35,15 +35,8 @@ use dataplane::{
 use self::watchdog::{TICK_MS, Watchdog, Watched};
 use crate::config::{self, Config, Cores, Idle, MIN_HANG_TIMEOUT_MS, Workers};
 
-/// A sleeping worker wakes this often, to acknowledge snapshots and sweep its table.
-const SLEEP_MS: i32 = 100;
-/// How long it sleeps while frames are still being sent.
-const SLEEP_IN_FLIGHT_MS: i32 = 1;
-/// Frames that are still not sent after so long never will be: their interface is gone.
-const STUCK: Duration = Duration::from_millis(100);
-
 /// A worker that only sleeps, and is looked at only so often, must not seem to hang.
-const _: () = assert!(MIN_HANG_TIMEOUT_MS >= 2 * SLEEP_MS as u32 + TICK_MS);
+const _: () = assert!(MIN_HANG_TIMEOUT_MS >= 2 * xsk::SLEEP_MS as u32 + TICK_MS);
 
 /// Why workers can't start.
 #[derive(Debug, thiserror::Error)]
@@ -137,7 +130,18 @@ pub struct Handle {
     pub connections: Reader,
     sockets: Vec<Socket>,
     hung: Arc<AtomicBool>,
-    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Handle {
+    /// Whether it hangs.
+    pub fn hung(&self) -> bool {
+        self.hung.load(Ordering::Relaxed)
+    }
+
+    /// What the kernel had to throw away at each of its ports; `None` where it does not tell.
+    pub fn losses(&self) -> impl Iterator<Item = Option<Statistics>> + '_ {
+        self.sockets.iter().map(|socket| xsk::statistics(socket.fd).ok())
+    }
 }
 
 /// A queue's socket, for steering.
@@ -169,8 +173,12 @@ impl Progress {
 
 /// All workers and what feeds them.
 pub struct Fleet {
-    /// The workers.
-    pub workers: Vec<Handle>,
+    /// The workers, for whoever wants to look at them.
+    pub workers: Arc<[Handle]>,
+    /// Their threads, each with the word that it hangs.
+    threads: Vec<(Arc<AtomicBool>, thread::JoinHandle<()>)>,
+    /// What the connection tables are hashed with.
+    pub hash_key: HashKey,
     /// The XDP program of each interface, shared with the watchdog.
     steers: Arc<Mutex<Vec<Steer>>>,
     watchdog: Option<Watchdog>,
@@ -231,13 +239,16 @@ impl Fleet {
         let hash_key = HashKey::random();
         let (stop, start) = (Arc::new(AtomicBool::new(false)), Instant::now());
         let mut fleet = Self {
-            workers: Vec::new(),
+            workers: Arc::default(),
+            threads: Vec::new(),
+            hash_key,
             steers: Arc::new(Mutex::new(steers)),
             watchdog: None,
             stop,
             start,
             ring: config.dataplane.rings().rx,
         };
+        let mut workers = Vec::with_capacity(count);
         for (id, opened) in opened.into_iter().enumerate() {
             let core = cores[id % cores.len()];
             let counters = Arc::new(Counters::new(config.limits.backends as usize));
@@ -271,16 +282,18 @@ impl Fleet {
                 run(worker, spin, start, &stop);
             };
             let thread = thread::Builder::new().name(format!("worker-{id}")).spawn(body)?;
-            fleet.workers.push(Handle {
+            let hung = Arc::<AtomicBool>::default();
+            fleet.threads.push((hung.clone(), thread));
+            workers.push(Handle {
                 core: core.id,
                 ports: opened.reports,
                 counters,
                 connections,
                 sockets: opened.sockets,
-                hung: Arc::default(),
-                thread: Some(thread),
+                hung,
             });
         }
+        fleet.workers = workers.into();
         fleet.feed().map_err(NotSteered)?;
         let timeout = Duration::from_millis(config.dataplane.hang_timeout_ms.into());
         fleet.watchdog = Some(Watchdog::start(fleet.watched(), fleet.steers.clone(), timeout)?);
@@ -294,6 +307,11 @@ impl Fleet {
         if let Some(free) = cores.into_iter().rev().find(|core| !taken(core)) {
             core_affinity::set_for_current(free);
         }
+    }
+
+    /// What the workers count time from.
+    pub fn start_time(&self) -> Instant {
+        self.start
     }
 
     /// What time it is for the workers.
@@ -325,16 +343,6 @@ impl Fleet {
         lock(&self.steers)
     }
 
-    /// What the kernel had to throw away at each of a worker's ports; `None` where it does not tell.
-    pub fn losses(&self, worker: usize) -> impl Iterator<Item = Option<Statistics>> + '_ {
-        self.workers[worker].sockets.iter().map(|socket| xsk::statistics(socket.fd).ok())
-    }
-
-    /// Whether this worker hangs.
-    pub fn hung(&self, worker: usize) -> bool {
-        self.workers[worker].hung.load(Ordering::Relaxed)
-    }
-
     /// How far each worker is.
     pub fn progress(&self) -> Vec<Progress> {
         let progress = |worker: &Handle| {
@@ -349,7 +357,7 @@ impl Fleet {
     /// Whether all workers that do not hang have begun and ended a turn since `before`.
     pub fn turned_since(&self, before: &[Progress]) -> bool {
         let mut both = self.progress().into_iter().zip(before).enumerate();
-        both.all(|(id, (now, before))| self.hung(id) || now.turns >= before.turns + 2)
+        both.all(|(id, (now, before))| self.workers[id].hung() || now.turns >= before.turns + 2)
     }
 
     /// Notes in `emptied` which workers have taken what was in their rx rings at `before`, which moves on
@@ -367,7 +375,7 @@ impl Fleet {
                 last[id] = now;
             }
         }
-        emptied.iter().enumerate().all(|(id, emptied)| *emptied || self.hung(id))
+        emptied.iter().enumerate().all(|(id, emptied)| *emptied || self.workers[id].hung())
     }
 }
 
@@ -382,9 +390,8 @@ impl Drop for Fleet {
         drop(self.watchdog.take());
         self.steers().clear();
         self.stop.store(true, Ordering::Relaxed);
-        for worker in &mut self.workers {
-            let hung = worker.hung.load(Ordering::Relaxed);
-            if let Some(thread) = worker.thread.take().filter(|_| !hung) {
+        for (hung, thread) in self.threads.drain(..) {
+            if !hung.load(Ordering::Relaxed) {
                 let _ = thread.join();
             }
         }
@@ -454,9 +461,7 @@ fn open(
             fd: port.fd(),
         })
         .collect();
-    let capacity = config.connections.capacity as usize;
-    let connections = Connections::new(capacity, &config.connections.timeouts())?;
-    Ok(Opened { ports, sockets, reports, pool, connections })
+    Ok(Opened { ports, sockets, reports, pool, connections: config.connections.table()? })
 }
 
 /// Where workers may run, in order.
@@ -478,42 +483,20 @@ fn others(readers: &[Reader], own: usize) -> Vec<Reader> {
     readers.iter().enumerate().filter(|(id, _)| *id != own).map(|(_, reader)| *reader).collect()
 }
 
-fn tick(start: Instant) -> Tick {
+/// What time it is for workers that were started then.
+pub fn tick(start: Instant) -> Tick {
     Tick(start.elapsed().as_millis() as u64)
-}
-
-/// How long a worker sleeps.
-#[derive(Debug)]
-struct Rest {
-    in_flight: usize,
-    since: Instant,
-}
-
-impl Rest {
-    /// Briefly while frames are being sent. But a port whose interface is gone never gives them back: once
-    /// their number has stood still for a while, as long as without any.
-    fn timeout_ms(&mut self, in_flight: usize, now: Instant) -> i32 {
-        if in_flight != self.in_flight {
-            *self = Self { in_flight, since: now };
-        }
-        let moving = in_flight > 0 && now - self.since < STUCK;
-        if moving { SLEEP_IN_FLIGHT_MS } else { SLEEP_MS }
-    }
 }
 
 /// A worker's life: turn, and when there is nothing to do for `spin`, sleep.
 fn run(mut worker: Worker<XskPort>, spin: Duration, start: Instant, stop: &AtomicBool) {
     worker.prepare();
-    let mut busy = Instant::now();
-    let mut rest = Rest { in_flight: 0, since: busy };
+    let mut rest = Rest::new(spin, Instant::now());
     while !stop.load(Ordering::Relaxed) {
         let received = worker.turn(tick(start));
-        if received > 0 {
-            busy = Instant::now();
-        } else if busy.elapsed() >= spin {
-            let timeout = rest.timeout_ms(worker.in_flight(), Instant::now());
+        if let Some(timeout_ms) = rest.after(received, || worker.in_flight(), Instant::now()) {
             // A poll that fails (no memory) makes the worker spin, which is right.
-            let _ = xsk::wait(worker.ports(), timeout);
+            let _ = xsk::wait(worker.ports(), timeout_ms);
         }
     }
 }
@@ -538,18 +521,6 @@ mod tests {
         {
             assert_eq!(share_out(&queues(counts), Workers::Auto, cores).unwrap(), workers);
         }
-    }
-
-    #[test]
-    fn frames_that_are_never_sent_do_not_keep_a_worker_awake() {
-        let start = Instant::now();
-        let mut rest = Rest { in_flight: 0, since: start };
-        let mut timeout_ms =
-            |in_flight, ms| rest.timeout_ms(in_flight, start + Duration::from_millis(ms));
-        assert_eq!(timeout_ms(0, 0), SLEEP_MS);
-        assert_eq!([timeout_ms(8, 500), timeout_ms(8, 599)], [SLEEP_IN_FLIGHT_MS; 2]);
-        assert_eq!(timeout_ms(7, 610), SLEEP_IN_FLIGHT_MS, "some were sent");
-        assert_eq!([timeout_ms(7, 710), timeout_ms(7, 9000)], [SLEEP_MS; 2]);
     }
 
     #[test]

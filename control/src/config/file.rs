@@ -1,8 +1,9 @@
 //! The configuration as it is written: every key optional, with its place in the text. What a value
 //! may be is for `settings` and `services` to judge; here are only names and types.
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use toml::Spanned;
+use utoipa::ToSchema;
 
 use super::{CopyMode, HugePages, Idle, XdpMode};
 
@@ -14,6 +15,7 @@ pub type Key<T> = Option<Spanned<T>>;
 #[serde(deny_unknown_fields, default)]
 pub struct File {
     pub node: Node,
+    pub api: Api,
     pub dataplane: Dataplane,
     pub connections: Connections,
     pub maglev: Maglev,
@@ -33,7 +35,20 @@ pub struct Node {
     pub workers: Key<AutoOr<i64>>,
     pub cores: Key<AutoOr<Vec<i64>>>,
     pub answer_arp: Option<bool>,
-    pub control_socket: Key<String>,
+}
+
+/// `[api]`
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, expecting = "a table, [api]")]
+pub struct Api {
+    pub socket: Key<String>,
+    pub socket_mode: Key<String>,
+    pub listen: Key<Vec<Spanned<String>>>,
+    pub certificate: Key<String>,
+    pub key: Key<String>,
+    pub client_ca: Key<String>,
+    pub state_directory: Key<String>,
+    pub metrics_limit: Key<i64>,
 }
 
 /// `[dataplane]`
@@ -67,6 +82,7 @@ pub struct Dataplane {
 #[serde(deny_unknown_fields, default, expecting = "a table, [connections]")]
 pub struct Connections {
     pub capacity: Key<i64>,
+    pub admissions_per_s: Key<i64>,
     pub unconfirmed_s: Key<i64>,
     pub tcp_idle_s: Key<i64>,
     pub tcp_closing_s: Key<i64>,
@@ -130,10 +146,12 @@ pub struct Backend {
 }
 
 /// Modes that can be written, not all of which exist yet.
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
+    /// Direct server return.
     Dsr,
+    /// Network address translation: not supported yet.
     Nat,
 }
 

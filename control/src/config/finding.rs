@@ -35,6 +35,16 @@ impl Finding {
         self.column
     }
 
+    /// The first byte of its place.
+    pub(super) fn place(&self) -> usize {
+        self.labels[0].offset()
+    }
+
+    /// What would be right.
+    pub(super) fn remedy(&self) -> &str {
+        &self.remedy
+    }
+
     /// All of it in one line: `FILE:LINE:COLUMN: what is wrong: what would be right`.
     pub fn sentence(&self) -> String {
         let Self { line, column, message, remedy, .. } = self;

@@ -1,7 +1,7 @@
 //! Tables to desired state: services with their backends, and next hops; and what may not stand
 //! side by side in one file.
 
-use std::{collections::HashMap, net::IpAddr, ops::RangeInclusive};
+use std::{collections::HashMap, net::IpAddr, ops::RangeInclusive, sync::Arc};
 
 use dataplane::wire::{ethernet::MacAddr, vxlan};
 use toml::Spanned;
@@ -12,7 +12,7 @@ use super::{
     finding::{Report, Span},
     settings::{self, MAX_TABLE_SIZE, number, prime_from},
 };
-use crate::desired::{Backend, Desired, Mode, Protocol, Service, ServicePort, Vni};
+use crate::desired::{Backend, Desired, Mode, Owner, Protocol, Service, ServicePort, Vni};
 
 /// Largest share of new connections that one backend can have.
 const MAX_WEIGHT: u16 = 1000;
@@ -60,11 +60,25 @@ pub fn services(
             within_limits(before, published.counts(), written.span(), limits, report);
             let service = service?;
             warn(&service, written.span(), maglev, report);
-            Some(service)
+            Some(Arc::new(service))
         })
         .collect();
     no_vtep_is_a_vip(&published, report);
     Desired { services }
+}
+
+/// A service by itself. What it may not share with others is for others to find out.
+pub fn one(
+    written: &Spanned<file::Service>,
+    maglev: &Maglev,
+    report: &mut Report,
+) -> Option<Service> {
+    let mut published = Published::default();
+    let service = service(written, &mut published, report);
+    no_vtep_is_a_vip(&published, report);
+    let service = service?;
+    warn(&service, written.span(), maglev, report);
+    Some(service)
 }
 
 /// `None` if a key is missing or wrong, which has then been reported.
@@ -98,7 +112,15 @@ fn service(
     }
     let ports = ports.map(|ports| ports.into_iter().map(|(port, _)| port).collect::<Vec<_>>());
     let backends = backends(keys, vip, ports.as_deref().unwrap_or(&[]), published, report);
-    Some(Service { name: name?.0, vip: vip?, ports: ports?, mode: Mode::Dsr, backends })
+    Some(Service {
+        owner: Owner::File,
+        written: None,
+        name: name?.0,
+        vip: vip?,
+        ports: ports?,
+        mode: Mode::Dsr,
+        backends,
+    })
 }
 
 /// Nobody else may have published the ports.
@@ -282,7 +304,7 @@ fn warn(service: &Service, at: Span, maglev: &Maglev, report: &mut Report) {
     let Service { name, backends, .. } = service;
     if backends.is_empty() {
         let message = format!("the service `{name}` has no backends");
-        report.warning(at, message, "its packets are dropped; add a [[service.backend]]");
+        report.warning(at, message, "its packets are dropped; add a backend");
         return;
     }
     if backends.iter().all(|backend| backend.weight == 0) {

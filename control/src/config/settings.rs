@@ -3,7 +3,7 @@
 
 use std::{
     fmt::Display,
-    net::{IpAddr, Ipv6Addr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     ops::RangeInclusive,
     path::PathBuf,
 };
@@ -12,7 +12,7 @@ use dataplane::{connections::Timeouts, forwarding::MAX_BACKENDS, maglev::is_prim
 use toml::Spanned;
 
 use super::{
-    Connections, Cores, Dataplane, Limits, Maglev, Node, Rings, Workers,
+    Api, Connections, Cores, Dataplane, Limits, Maglev, Node, Rings, Tls, Workers,
     file::{self, AutoOr, Key},
     finding::{Report, Span},
 };
@@ -50,7 +50,6 @@ pub fn node(written: &file::Node, report: &mut Report) -> Node {
             first.span(),
         );
     }
-    let (socket, given) = (defaults.control_socket, &written.control_socket);
     Node {
         name: written
             .name
@@ -66,7 +65,27 @@ pub fn node(written: &file::Node, report: &mut Report) -> Node {
         workers: written.workers.as_ref().map_or(defaults.workers, |key| workers(key, report)),
         cores: written.cores.as_ref().map_or(defaults.cores, |key| cores(key, report)),
         answer_arp: written.answer_arp.unwrap_or(defaults.answer_arp),
-        control_socket: given.as_ref().map_or(socket, |key| control_socket(key, report)),
+    }
+}
+
+pub fn api(written: &file::Api, report: &mut Report) -> Api {
+    let defaults = Api::default();
+    let (path, mode) = (&written.socket, &written.socket_mode);
+    let state = &written.state_directory;
+    Api {
+        socket: path.as_ref().map_or(defaults.socket, |key| socket(key, report)),
+        socket_mode: mode.as_ref().map_or(defaults.socket_mode, |key| socket_mode(key, report)),
+        listen: listen(written, report),
+        tls: tls(written, report),
+        state_directory: state
+            .as_ref()
+            .map_or(defaults.state_directory, |key| absolute("state_directory", key, report)),
+        metrics_limit: number(
+            "metrics_limit",
+            &written.metrics_limit,
+            (defaults.metrics_limit, 0..=1_000_000),
+            report,
+        ),
     }
 }
 
@@ -214,6 +233,12 @@ pub fn connections(written: &file::Connections, report: &mut Report) -> Connecti
             "capacity",
             &written.capacity,
             (defaults.capacity, 1 << 10..=1 << 27),
+            report,
+        ),
+        admissions_per_s: number(
+            "admissions_per_s",
+            &written.admissions_per_s,
+            (defaults.admissions_per_s, 1..=100_000_000),
             report,
         ),
         unconfirmed_s: number(
@@ -454,14 +479,73 @@ fn not_auto(key: &str, word: &str, otherwise: &str, span: Span, report: &mut Rep
     report.error(span, format!("`{key}` is \"{word}\""), format!("\"auto\" or {otherwise}"));
 }
 
-fn control_socket(written: &Spanned<String>, report: &mut Report) -> PathBuf {
+fn socket(written: &Spanned<String>, report: &mut Report) -> PathBuf {
     let path = written.get_ref();
     if !path.starts_with('/') || path.len() > MAX_SOCKET_PATH || path.contains('\0') {
         report.error(
             written.span(),
-            "`control_socket` is no path that a socket can have",
+            "`socket` is no path that a socket can have",
             format!("an absolute path of at most {MAX_SOCKET_PATH} bytes"),
         );
     }
     PathBuf::from(path)
+}
+
+fn absolute(key: &str, written: &Spanned<String>, report: &mut Report) -> PathBuf {
+    let path = written.get_ref();
+    if !path.starts_with('/') || path.contains('\0') {
+        let message = format!("`{key}` is `{path}`");
+        report.error(written.span(), message, "an absolute path, as in /var/lib/wiremesh");
+    }
+    PathBuf::from(path)
+}
+
+/// Addresses to listen on. Without TLS everybody who reaches one may do everything.
+fn listen(written: &file::Api, report: &mut Report) -> Vec<SocketAddr> {
+    let each = written.listen.iter().flat_map(|key| key.get_ref());
+    each.filter_map(|key| {
+        let Ok(address) = key.get_ref().parse::<SocketAddr>() else {
+            let message = format!("`{}` is no address to listen on", key.get_ref());
+            report.error(key.span(), message, "an address and a port, as in 127.0.0.1:9180");
+            return None;
+        };
+        if !address.ip().is_loopback() && written.certificate.is_none() {
+            report.error(
+                key.span(),
+                format!("{address} can be reached from elsewhere"),
+                "a loopback address, or `certificate`, `key` and `client_ca` for TLS",
+            );
+        }
+        Some(address)
+    })
+    .collect()
+}
+
+/// What TLS needs: all of it, or nothing.
+fn tls(written: &file::Api, report: &mut Report) -> Option<Tls> {
+    let file::Api { certificate, key, client_ca, .. } = written;
+    let keys = [("certificate", certificate), ("key", key), ("client_ca", client_ca)];
+    let first = keys.iter().find_map(|(_, key)| key.as_ref())?;
+    let missing: Vec<_> = keys.iter().filter(|(_, key)| key.is_none()).collect();
+    for (name, _) in &missing {
+        let message = format!("TLS needs `{name}`, too");
+        report.error(first.span(), message, format!("add `{name}`, a file in PEM"));
+    }
+    let mut file = |name: &str, key: &Key<String>| Some(absolute(name, key.as_ref()?, report));
+    let certificate = file("certificate", certificate);
+    let (key, client_ca) = (file("key", key), file("client_ca", client_ca));
+    Some(Tls { certificate: certificate?, key: key?, client_ca: client_ca? })
+}
+
+/// Octal, as in "0660". Its owner has to be able to use it: the daemon itself asks who answers there.
+fn socket_mode(written: &Spanned<String>, report: &mut Report) -> u32 {
+    match u32::from_str_radix(written.get_ref(), 8) {
+        Ok(mode) if mode & 0o600 == 0o600 && mode <= 0o777 => mode,
+        _ => {
+            let message = format!("`socket_mode` is `{}`", written.get_ref());
+            let remedy = "an octal mode that its owner can read and write by, as in \"0660\"";
+            report.error(written.span(), message, remedy);
+            Api::default().socket_mode
+        }
+    }
 }

@@ -1,10 +1,10 @@
 //! Tests of the configuration as a whole: what is accepted, what is refused and where, and that the
 //! documented file tells the truth.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, sync::Arc};
 
 use super::*;
-use crate::desired::{Backend, Mode, Protocol, Service, ServicePort, Vni};
+use crate::desired::{Backend, Mode, Owner, Protocol, Service, ServicePort, Vni};
 
 const EXAMPLE: &str = include_str!("../../../config/example.toml");
 
@@ -68,7 +68,9 @@ fn a_service_as_a_user_writes_it_is_understood() {
     assert_eq!(config.node.vtep, Some("10.0.0.1".parse().unwrap()));
     assert_eq!(
         config.desired.services,
-        [Service {
+        [Arc::new(Service {
+            owner: Owner::File,
+            written: None,
             name: "web".to_owned(),
             vip: "203.0.113.10".parse().unwrap(),
             ports: vec![
@@ -87,7 +89,7 @@ fn a_service_as_a_user_writes_it_is_understood() {
                 mtu: None,
                 udp_checksum: None,
             }],
-        }]
+        })]
     );
 }
 
@@ -97,7 +99,7 @@ fn a_backend_says_what_differs_from_its_service() {
     let backend = "weight = 0\nvni = 8\nport = 4790\nmtu = 9000\nudp_checksum = false\n";
     let text = spoiled("vni = 100\n", service);
     let of = |text: &str| {
-        let backend = config(text).desired.services.remove(0).backends.remove(0);
+        let backend = config(text).desired.services[0].backends[0].clone();
         (backend.vni.get(), backend.port, backend.mtu, backend.udp_checksum)
     };
     assert_eq!(of(&text), (7, 8472, Some(1400), Some(true)));
@@ -242,9 +244,32 @@ fn a_setting_out_of_its_range_is_refused_at_its_place() {
              different core numbers from 0 to 1023, at least one, or \"auto\"",
         ),
         (
-            "[node]\ncontrol_socket = 'run/x'",
-            "2:18: `control_socket` is no path that a socket can have: \
+            "[api]\nsocket = 'run/x'",
+            "2:10: `socket` is no path that a socket can have: \
              an absolute path of at most 107 bytes",
+        ),
+        (
+            "[api]\nlisten = ['9180']",
+            "2:11: `9180` is no address to listen on: \
+             an address and a port, as in 127.0.0.1:9180",
+        ),
+        (
+            "[api]\nlisten = ['127.0.0.1:9180', '0.0.0.0:9180']",
+            "2:29: 0.0.0.0:9180 can be reached from elsewhere: \
+             a loopback address, or `certificate`, `key` and `client_ca` for TLS",
+        ),
+        (
+            "[api]\ncertificate = '/c'\nclient_ca = '/a'",
+            "2:15: TLS needs `key`, too: add `key`, a file in PEM",
+        ),
+        (
+            "[api]\nstate_directory = 'state'",
+            "2:19: `state_directory` is `state`: an absolute path, as in /var/lib/wiremesh",
+        ),
+        (
+            "[api]\nsocket_mode = '0066'",
+            "2:15: `socket_mode` is `0066`: \
+             an octal mode that its owner can read and write by, as in \"0660\"",
         ),
         (
             "[dataplane]\nframe_size_bytes = 1024",
@@ -308,6 +333,10 @@ fn a_setting_out_of_its_range_is_refused_at_its_place() {
         (
             "[connections]\ncapacity = 1000",
             "2:12: `capacity` is 1000, out of its range: a power of two from 1024 to 134217728",
+        ),
+        (
+            "[connections]\nadmissions_per_s = 0",
+            "2:20: `admissions_per_s` is 0, out of its range: 1 to 100000000",
         ),
         (
             "[connections]\nunconfirmed_s = 0",
@@ -593,7 +622,7 @@ fn what_is_odd_but_possible_is_a_warning() {
         (
             GOOD.split("[[service.backend]]").next().unwrap().to_owned(),
             "7:1: the service `web` has no backends: \
-             its packets are dropped; add a [[service.backend]]",
+             its packets are dropped; add a backend",
         ),
         (
             spoiled("weight = 1 ", "weight = 0 "),
@@ -703,9 +732,10 @@ fn the_example_has_every_key_and_is_valid_with_all_of_them() {
             .cloned()
             .collect::<BTreeSet<_>>()
     };
-    let places: [(&[&str], &str); 9] = [
+    let places: [(&[&str], &str); 10] = [
         (&[], ""),
         (&["node"], "[node]"),
+        (&["api"], "[api]"),
         (&["dataplane"], "[dataplane]"),
         (&["connections"], "[connections]"),
         (&["maglev"], "[maglev]"),

@@ -1,97 +1,53 @@
-//! What the daemon tells of itself, in its status and its log.
+//! What the daemon shows of itself, and what it logs.
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
 use dataplane::{forwarding::Slot, port::xsk::BindReport, steer};
+use tokio::sync::watch;
 use tracing::{info, warn};
 
 use super::Daemon;
 use crate::{
-    desired::port_ranges,
     plan::{Interface, Placement},
-    status::{
-        BackendStatus, PortStatus, ServiceStatus, Status, WorkerStatus, drops, events, losses,
-        own_drops,
-    },
+    status::PortStatus,
+    view::{Observed, View},
+    workers::Handle,
 };
 
 impl Daemon {
-    /// Whether packets are being steered to workers that forward them.
-    fn ready(&self) -> bool {
-        let all_hang = (0..self.fleet.workers.len()).all(|id| self.fleet.hung(id));
-        self.missing.is_none() && !all_hang
+    /// What others may look at for as long as the process lives.
+    pub(super) fn observed(&self) -> Observed {
+        let ports = |worker: &Handle| worker.ports.iter().map(|p| self.port_status(p)).collect();
+        let ports = self.fleet.workers.iter().map(ports).collect();
+        Observed::new(&self.config, &self.fleet, ports)
     }
 
-    pub(super) fn status(&self) -> Status {
-        let now = self.fleet.now();
-        let mut connections = vec![0_u64; self.config.limits.backends as usize];
-        for worker in &self.fleet.workers {
-            worker.connections.for_each(now, |slot| {
-                if let Some(count) = connections.get_mut(slot as usize) {
-                    *count += 1;
-                }
-            });
-        }
-        let counters = self.fleet.workers.iter().map(|worker| &*worker.counters);
-        let mut placements = self.backends.iter();
-        let mut backend = |backend: &crate::desired::Backend| {
-            let placement = placements.next().cloned();
-            let placement = placement.unwrap_or(Placement { slot: 0, unreachable: None });
-            let slot = placement.slot as usize;
-            let (packets, bytes) = counters
-                .clone()
-                .map(|counters| counters.backend(slot))
-                .fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
-            let state = match (&placement.unreachable, backend.weight) {
-                (Some(_), _) => "unreachable",
-                (None, 0) => "draining",
-                (None, _) => "active",
-            };
-            BackendStatus {
-                name: backend.name.clone(),
-                vtep: backend.vtep.to_string(),
-                weight: backend.weight,
-                state: state.to_owned(),
-                reason: placement.unreachable,
-                packets,
-                bytes,
-                connections: connections.get(slot).copied().unwrap_or_default(),
-            }
+    /// Shows what is new, if anything is.
+    pub(super) fn show(&self, shown: &watch::Sender<Arc<View>>) {
+        let same = |view: &View| {
+            view.generation == self.generation.get()
+                && view.refused == self.refused
+                && view.link_missing == self.missing.is_some()
         };
-        let services = self.config.desired.services.iter().map(|service| ServiceStatus {
-            name: service.name.clone(),
-            vip: service.vip.to_string(),
-            ports: port_ranges(&service.ports),
-            backends: service.backends.iter().map(&mut backend).collect(),
-        });
-        Status {
-            node: self.config.node.name.clone(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            generation: self.generation.get(),
-            ready: self.ready(),
-            refused: self.refused.clone(),
-            services: services.collect(),
-            drops: drops(counters.clone()),
-            workers: (0..self.fleet.workers.len()).map(|id| self.worker_status(id)).collect(),
+        if !same(&shown.borrow()) {
+            shown.send_replace(self.view());
         }
     }
 
-    fn worker_status(&self, id: usize) -> WorkerStatus {
-        let worker = &self.fleet.workers[id];
-        let ports =
-            worker.ports.iter().zip(self.fleet.losses(id)).map(|(report, lost)| PortStatus {
-                lost_in_kernel: lost.as_ref().map(losses).unwrap_or_default(),
-                ..self.port_status(report)
-            });
-        WorkerStatus {
-            id,
-            core: worker.core,
-            hung: self.fleet.hung(id),
-            turns: worker.counters.turns(),
-            ports: ports.collect(),
-            counters: events(&worker.counters),
-            drops: own_drops(&worker.counters),
-        }
+    /// What can be seen now.
+    pub(super) fn view(&self) -> Arc<View> {
+        Arc::new(View {
+            generation: self.generation.get(),
+            desired: self.config.desired.clone(),
+            placements: self.backends.clone(),
+            vteps: self.config.node.vteps(),
+            forwarding: self.publisher.current().clone(),
+            refused: self.refused.clone(),
+            link_missing: self.missing.is_some(),
+        })
     }
 
     fn port_status(&self, report: &BindReport) -> PortStatus {
@@ -137,7 +93,7 @@ impl Daemon {
     pub(super) fn log_unreachable(&self, before: &[Placement]) {
         let before: HashMap<Slot, &Placement> = before.iter().map(|was| (was.slot, was)).collect();
         let names = self.config.desired.backends().map(|(s, b)| (&s.name, &b.name));
-        for ((service, backend), placement) in names.zip(&self.backends) {
+        for ((service, backend), placement) in names.zip(self.backends.iter()) {
             let was = before.get(&placement.slot);
             let was = was.and_then(|was| was.unreachable.as_ref());
             match &placement.unreachable {

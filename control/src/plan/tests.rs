@@ -209,7 +209,7 @@ fn an_unchanged_maglev_table_is_shared_between_plans() {
     let first = table(&world);
     world.set("10.0.0.2", |hop| hop.dst_mac = MacAddr([2, 9, 9, 9, 9, 9]));
     assert!(Arc::ptr_eq(&first, &table(&world)));
-    world.config.desired.services[0].backends[0].weight = 2;
+    Arc::make_mut(&mut world.config.desired.services[0]).backends[0].weight = 2;
     let second = table(&world);
     assert!(!Arc::ptr_eq(&first, &second));
     world.lose("10.0.0.3");
@@ -234,7 +234,7 @@ fn an_unreachable_backend_takes_no_new_connections_while_another_can() {
 #[test]
 fn a_reachable_backend_that_drains_is_no_reason_to_leave_out_the_others() {
     let mut world = World::new(TWO, &["10.0.0.2", "10.0.0.3"]);
-    world.config.desired.services[0].backends[0].weight = 0;
+    Arc::make_mut(&mut world.config.desired.services[0]).backends[0].weight = 0;
     world.lose("10.0.0.3");
     assert_eq!(takers(&world.plan()), [1].into());
 }
@@ -264,7 +264,7 @@ fn what_fits_is_the_mtu_of_the_way_less_the_tunnel_and_the_backends_own() {
     ] {
         let mut world = World::new(&TWO.replace("10.0.0.2", vtep), &[vtep]);
         world.set(vtep, |hop| hop.mtu = path);
-        world.config.desired.services[0].backends[0].mtu = own;
+        Arc::make_mut(&mut world.config.desired.services[0]).backends[0].mtu = own;
         assert_eq!(backend(&world.plan(), 0).mtu, fits, "{vtep} {path} {own:?}");
     }
 }

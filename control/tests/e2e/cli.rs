@@ -6,7 +6,8 @@ use std::{
 };
 
 use crate::{
-    client::{VIP4, get},
+    api::bare_lab,
+    client::{NO_ERRORS, VIP4, get, load},
     daemon::{Daemon, WIREMESH},
     lab::Lab,
 };
@@ -36,8 +37,11 @@ fn wiremesh(command: &str, config: &str, arguments: &[&str]) -> (Option<i32>, St
     let file = folder.path().join("wiremesh.toml");
     fs::write(&file, config).unwrap();
     let mut run = Command::new(WIREMESH);
-    let Output { status, stdout, stderr } =
-        run.arg(command).arg("-c").arg(&file).args(arguments).output().unwrap();
+    printed(run.arg(command).arg("-c").arg(&file).args(arguments).output().unwrap())
+}
+
+/// Exit code, stdout and stderr.
+fn printed(Output { status, stdout, stderr }: Output) -> (Option<i32>, String, String) {
     let text = |bytes| String::from_utf8(bytes).unwrap();
     (status.code(), text(stdout), text(stderr))
 }
@@ -95,4 +99,109 @@ fn status_shows_workers_services_and_drops_to_people() {
     assert!(line("service web on").is_some_and(|line| line.contains("80/tcp")), "{said}");
     let backend = line("b1").expect("a line for the backend");
     assert!(backend.contains("10.77.0.101") && backend.contains("active"), "{said}");
+}
+
+#[test]
+fn a_service_lives_on_the_command_line() {
+    let lab = bare_lab();
+    let _daemon = Daemon::start(&lab, "n1");
+    let socket = lab.file("n1.sock").to_str().unwrap().to_owned();
+    let asked = |words: &str| {
+        let mut run = Command::new(WIREMESH);
+        printed(run.args(words.split(' ')).args(["--socket", &socket]).output().unwrap())
+    };
+    let done = |words: &str| {
+        let (code, said, complaint) = asked(words);
+        assert_eq!((code, &*complaint), (Some(0), ""), "{words}");
+        said
+    };
+    let said = done(
+        "service create --name web --vip 203.0.113.10 --publish published=80,target=80 --vni 100 \
+         --backend vtep=10.77.0.101,mac=02:00:00:00:02:01 --backend vtep=10.77.0.102,mac=02:00:00:00:02:02",
+    );
+    assert!(said.starts_with("web created, version "), "{said}");
+    let list = done("service ls");
+    let line = list.lines().nth(1).unwrap();
+    assert_eq!(
+        line.split_whitespace().collect::<Vec<_>>(),
+        ["web", "api", "203.0.113.10", "80/tcp", "2/2", "active"]
+    );
+    assert!(done("service inspect web").contains("name = \"web-2\""));
+    let nodes = done("node ls");
+    assert!(nodes.contains("n1") && nodes.contains("10.77.0.102  active"), "{nodes}");
+
+    // One flow whose port is known: the table has it, and its backend is what the server said.
+    let curl = ["curl", "-sSf", "--max-time", "10", "--local-port", "45000", VIP4.url];
+    let answer = lab.succeed("client", &curl);
+    let backend = if answer.contains("backend=b1") { "web-1" } else { "web-2" };
+    let tuple = "explain tcp 198.51.100.7:45000 203.0.113.10:80";
+    let said = done(tuple);
+    assert!(said.contains(&format!("backend  {backend}, weight 1 of 2")), "{said}");
+    assert!(said.contains(&format!("remembers {backend}, which is active")), "{said}");
+    let unknown = done("explain tcp 198.51.100.7:45001 203.0.113.10:80");
+    assert!(unknown.contains("no worker remembers it"), "{unknown}");
+
+    // Drained: what is remembered stays, what is new goes to the other.
+    let said = done(&format!("service update web --weight {backend}=0"));
+    assert!(said.starts_with("web updated, version "), "{said}");
+    let said = done(tuple);
+    let other = if backend == "web-1" { "web-2" } else { "web-1" };
+    assert!(said.contains(&format!("backend  {other}, weight 1 of 1")), "{said}");
+    assert!(said.contains(&format!("remembers {backend}, which is draining")), "{said}");
+    let after = load(&lab, VIP4, 50);
+    assert_eq!((after.errors, after.backends.len()), (NO_ERRORS, 1));
+    assert!(done("service ps web").contains("draining"));
+    let flows = done("flows --service web --top 1 --interval 0.2 --json");
+    let flows: serde_json::Value = serde_json::from_str(&flows).unwrap();
+    assert_eq!((flows.as_array().unwrap().len(), &flows[0]["service"]), (1, &"web".into()));
+    let drops = done("drops --interval 0.1");
+    assert_eq!(drops.lines().count(), 1 + dataplane::counters::DropReason::ALL.len(), "{drops}");
+
+    for (words, code, complaint) in [
+        ("service inspect nosuch", 3, "error: there is no service `nosuch`\n"),
+        (
+            "service update web --weight web-1=5 --if-version 00",
+            4,
+            "error: `web` has changed meanwhile: read it again\n",
+        ),
+        (
+            "service update web --weight web-1=1001",
+            1,
+            "error: `weight` is 1001, out of its range\nhelp: /backends/0/weight: 0 to 1000\n",
+        ),
+        (
+            "service create --name more --vip 203.0.113.10 --publish 80",
+            4,
+            "error: the api's `more` and the api's `web` both publish 80/tcp of 203.0.113.10\n\
+             help: /ports: another port or VIP\n",
+        ),
+        (
+            "service update web --backend-rm web-9",
+            1,
+            "error: web has no backend `web-9`\nhelp: it has web-1, web-2\n",
+        ),
+        ("explain tcp 198.51.100.7:45000 203.0.113.10:81", 1, ""),
+    ] {
+        let (was, _, said) = asked(words);
+        assert_eq!((was, &*said), (Some(code), complaint), "{words}");
+    }
+    let usage =
+        asked("service create --name x --vip 203.0.113.10 --publish published=80,target=8080");
+    assert_eq!(usage.0, Some(2));
+    assert!(usage.2.contains("mode dsr") && usage.2.contains("has to be 80"), "{}", usage.2);
+    assert_eq!(done("service rm web"), "web removed\n");
+    assert_eq!(done("service ls").lines().count(), 1);
+}
+
+#[test]
+fn without_a_daemon_the_socket_is_named() {
+    let mut run = Command::new(WIREMESH);
+    let run = run.args(["service", "ls", "--socket", "/nowhere/api.sock"]).output().unwrap();
+    let (code, said, complaint) = printed(run);
+    assert_eq!((code, &*said), (Some(5), ""));
+    assert!(
+        complaint.starts_with("error: no daemon answers on /nowhere/api.sock: "),
+        "{complaint}"
+    );
+    assert!(complaint.contains("help: is it running"), "{complaint}");
 }

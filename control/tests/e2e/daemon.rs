@@ -72,6 +72,33 @@ impl Daemon {
         serde_json::from_slice(&output.stdout).ok()
     }
 
+    /// What its API has at a path, as text.
+    pub fn get(&self, path: &str) -> String {
+        let mut curl = bounded("curl");
+        let curl = curl.args(["-sSf", "--unix-socket"]).arg(&self.socket);
+        let output = curl.arg(format!("http://localhost{path}")).output().unwrap();
+        assert!(output.status.success(), "{path}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Asks its API by curl: the HTTP status, 0 if there was no answer, and the body. A `version` becomes
+    /// `If-Match`.
+    pub fn call(&self, method: &str, path: &str, body: &Value, version: &str) -> (u16, Value) {
+        let mut curl = bounded("curl");
+        curl.args(["-s", "-w", "\n%{http_code}", "-X", method, "--unix-socket"]).arg(&self.socket);
+        if !body.is_null() {
+            curl.args(["-H", "Content-Type: application/json", "-d", &body.to_string()]);
+        }
+        if !version.is_empty() {
+            let version = if version == "*" { "*".to_owned() } else { format!("\"{version}\"") };
+            curl.args(["-H", &format!("If-Match: {version}")]);
+        }
+        let output = curl.arg(format!("http://localhost{path}")).output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        let (body, status) = text.rsplit_once('\n').unwrap();
+        (status.parse().unwrap(), serde_json::from_str(body).unwrap_or_default())
+    }
+
     /// One of the workers' counters, summed.
     pub fn counter(&self, name: &str) -> u64 {
         let status = self.status();

@@ -8,6 +8,7 @@ mod client;
 mod daemon;
 mod lab;
 
+mod api;
 mod changes;
 mod cli;
 mod failures;

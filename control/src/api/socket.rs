@@ -1,35 +1,28 @@
-//! The socket that a daemon tells its status on: taking it over from a dead daemon, and from nobody else.
+//! The socket that the API is served on: taking it over from a dead daemon, and from nobody else.
 
 use std::{
     fs, io,
-    os::unix::fs::{FileTypeExt, MetadataExt},
+    os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use tokio::{
-    io::AsyncWriteExt,
     net::{UnixListener, UnixStream},
     time,
 };
-use tracing::info;
-
-/// A client that has not read the status after so long gets no more of it.
-const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why there is no socket to listen on.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
     /// Another daemon is there.
-    #[error(
-        "a daemon already answers on {0}: stop it, or give this one another node.control_socket"
-    )]
+    #[error("a daemon already answers on {0}: stop it, or give this one another api.socket")]
     AlreadyRunning(PathBuf),
     /// Something that must not be deleted.
-    #[error("{0} is there and is no socket: remove it, or set node.control_socket to another path")]
+    #[error("{0} is there and is no socket: remove it, or set api.socket to another path")]
     NotASocket(PathBuf),
     /// Anything else.
-    #[error("cannot listen on {path}; see node.control_socket")]
+    #[error("cannot listen on {path}; see api.socket")]
     Listen {
         /// The socket.
         path: PathBuf,
@@ -40,19 +33,19 @@ pub enum SocketError {
 
 /// A socket with a place in the file system, which it gives up when dropped.
 #[derive(Debug)]
-pub struct StatusSocket {
+pub struct ApiSocket {
     listener: UnixListener,
     path: PathBuf,
     /// Device and inode. A successor may have put its own socket in this place by the time we end.
     file: Option<(u64, u64)>,
 }
 
-impl StatusSocket {
-    /// Listens; takes the place of a socket that nobody answers on.
+impl ApiSocket {
+    /// Listens for whom `mode` allows it; takes the place of a socket that nobody answers on.
     ///
     /// # Errors
     /// If there is a daemon, or anything that is no socket, or the place can't be had.
-    pub async fn bind(path: &Path) -> Result<Self, SocketError> {
+    pub async fn bind(path: &Path, mode: u32) -> Result<Self, SocketError> {
         let failed = |source| SocketError::Listen { path: path.to_owned(), source };
         match fs::symlink_metadata(path) {
             Ok(found) if !found.file_type().is_socket() => {
@@ -72,7 +65,12 @@ impl StatusSocket {
             }
             Err(error) => return Err(failed(error)),
         }
-        let listener = UnixListener::bind(path).map_err(failed)?;
+        // Under another name first: nobody may come in before the mode says who may.
+        let unready = path.with_extension(format!("{}.new", std::process::id()));
+        let listener = UnixListener::bind(&unready).map_err(failed)?;
+        fs::set_permissions(&unready, fs::Permissions::from_mode(mode))
+            .and_then(|()| fs::rename(&unready, path))
+            .map_err(failed)?;
         Ok(Self { listener, path: path.to_owned(), file: identity(path) })
     }
 
@@ -88,7 +86,7 @@ impl StatusSocket {
     }
 }
 
-impl Drop for StatusSocket {
+impl Drop for ApiSocket {
     fn drop(&mut self) {
         if self.file.is_some() && identity(&self.path) == self.file {
             let _ = fs::remove_file(&self.path);
@@ -100,21 +98,11 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
     fs::symlink_metadata(path).ok().map(|found| (found.dev(), found.ino()))
 }
 
-/// Writes an answer, for as long as the client is worth it, while the caller goes on.
-pub fn answer(mut client: UnixStream, answer: Vec<u8>) {
-    tokio::spawn(async move {
-        let written = time::timeout(WRITE_TIMEOUT, client.write_all(&answer)).await;
-        if !matches!(written, Ok(Ok(()))) {
-            info!("somebody asked for the status and did not wait for it");
-        }
-    });
-}
-
 #[cfg(test)]
 mod tests {
-    use tokio::io::AsyncReadExt;
-
     use super::*;
+
+    const MODE: u32 = 0o600;
 
     fn run<T>(test: impl Future<Output = T>) -> T {
         let mut runtime = tokio::runtime::Builder::new_current_thread();
@@ -126,7 +114,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("precious");
         fs::write(&path, "data").unwrap();
-        let error = run(StatusSocket::bind(&path)).unwrap_err();
+        let error = run(ApiSocket::bind(&path, MODE)).unwrap_err();
         assert!(matches!(error, SocketError::NotASocket(_)), "{error}");
         assert_eq!(fs::read(&path).unwrap(), b"data");
     }
@@ -134,39 +122,36 @@ mod tests {
     #[test]
     fn a_dead_daemons_socket_is_taken_over_and_a_living_ones_is_not() {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("control.sock");
+        let path = folder.path().join("api.sock");
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         run(async {
-            let _living = StatusSocket::bind(&path).await.unwrap();
-            let error = StatusSocket::bind(&path).await.unwrap_err();
+            let _living = ApiSocket::bind(&path, MODE).await.unwrap();
+            let error = ApiSocket::bind(&path, MODE).await.unwrap_err();
             assert!(matches!(error, SocketError::AlreadyRunning(_)), "{error}");
         });
         assert!(!path.exists(), "given up at the end");
     }
 
     #[test]
-    fn a_client_that_does_not_read_delays_no_other() {
+    fn its_mode_says_who_may() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("api.sock");
         run(async {
-            let ((_silent, first), (mut reading, second)) =
-                (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
-            // More than any socket buffers.
-            answer(first, vec![0; 1 << 24]);
-            answer(second, b"status".to_vec());
-            let mut read = Vec::new();
-            let reading = reading.read_to_end(&mut read);
-            time::timeout(WRITE_TIMEOUT / 5, reading).await.unwrap().unwrap();
-            assert_eq!(read, b"status");
+            let _socket = ApiSocket::bind(&path, 0o640).await.unwrap();
+            let mode = fs::metadata(&path).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o640);
+            assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "no other name is left");
         });
     }
 
     #[test]
     fn at_its_end_it_leaves_a_successors_socket_alone() {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("control.sock");
+        let path = folder.path().join("api.sock");
         run(async {
-            let first = StatusSocket::bind(&path).await.unwrap();
+            let first = ApiSocket::bind(&path, MODE).await.unwrap();
             fs::rename(&path, folder.path().join("aside")).unwrap();
-            let _second = StatusSocket::bind(&path).await.unwrap();
+            let _second = ApiSocket::bind(&path, MODE).await.unwrap();
             drop(first);
             assert!(path.exists());
         });

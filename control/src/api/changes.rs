@@ -1,0 +1,273 @@
+//! Changes of services, one at a time: judged, made durable, handed to the daemon, and acknowledged once
+//! the workers have them. Or refused, and then nothing has changed.
+//!
+//! A task of its own, for the disk may be slow, and the daemon follows next hops meanwhile.
+
+use std::sync::Arc;
+
+use axum::http::StatusCode;
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::spawn_blocking,
+};
+use tracing::{error, info};
+
+use super::{Problem, resource};
+use crate::{
+    causes,
+    config::{Limits, Remark, ServiceSpec},
+    desired::{Claim, Conflict, Desired, Owner, Service, join},
+    source::api::{Services, Store, StoreError},
+    view::View,
+};
+
+/// Changes that wait for their turn. More have to wait to be let in.
+const QUEUE: usize = 64;
+
+/// What is to become of a service.
+#[derive(Debug)]
+pub enum Change {
+    /// It must not be there yet.
+    Create(Service),
+    /// It must be there.
+    Replace(Service, Condition),
+    /// It must be there.
+    Remove(String, Condition),
+}
+
+/// What must be there for a change to be done: `If-Match`, RFC 9110 section 13.1.1.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Condition {
+    /// Nothing was said.
+    Missing,
+    /// Whatever it is.
+    Any,
+    /// One of these versions.
+    Versions(Vec<String>),
+}
+
+/// A change, and who waits for its outcome.
+#[derive(Debug)]
+struct Request {
+    change: Change,
+    outcome: oneshot::Sender<Result<(), Problem>>,
+}
+
+/// Where changes are handed in.
+#[derive(Clone, Debug)]
+pub struct Changes(mpsc::Sender<Request>);
+
+/// What the API wants, all of it, for the daemon.
+#[derive(Debug)]
+pub struct Wanted {
+    /// All services of the API.
+    pub services: Vec<Arc<Service>>,
+    /// To be told when the workers have them, or why not.
+    pub outcome: oneshot::Sender<Result<(), Refusal>>,
+}
+
+/// Why the daemon did not take something over.
+#[derive(Debug)]
+pub enum Refusal {
+    /// It can't be; the running state stays.
+    Impossible(String),
+    /// The kernel would not.
+    Failed(String),
+}
+
+/// Does the changes.
+pub struct Writer {
+    store: Option<Store>,
+    services: Services,
+    limits: Limits,
+    views: watch::Receiver<Arc<View>>,
+    daemon: mpsc::Sender<Wanted>,
+}
+
+impl Changes {
+    /// Begins to take changes in, with these services from before. The daemon's end comes with it.
+    pub fn start(
+        store: Store,
+        services: Services,
+        limits: Limits,
+        views: watch::Receiver<Arc<View>>,
+    ) -> (Self, mpsc::Receiver<Wanted>) {
+        let (changes, mut requests) = mpsc::channel::<Request>(QUEUE);
+        let (daemon, wanted) = mpsc::channel(1);
+        let mut writer = Writer { store: Some(store), services, limits, views, daemon };
+        tokio::spawn(async move {
+            while let Some(request) = requests.recv().await {
+                let outcome = writer.change(request.change).await;
+                // Whoever asked may have gone; it is done all the same.
+                let _ = request.outcome.send(outcome);
+            }
+        });
+        (Self(changes), wanted)
+    }
+
+    /// Does a change, and waits until it is durable and the workers have it.
+    ///
+    /// # Errors
+    /// If it is refused. Nothing has changed then.
+    pub async fn change(&self, change: Change) -> Result<(), Problem> {
+        let (outcome, told) = oneshot::channel();
+        let ending = |_| Problem::new(StatusCode::SERVICE_UNAVAILABLE, "the daemon is stopping");
+        self.0.send(Request { change, outcome }).await.map_err(|_| ending(()))?;
+        told.await.map_err(|_| ending(()))?
+    }
+}
+
+impl Writer {
+    async fn change(&mut self, change: Change) -> Result<(), Problem> {
+        let (name, new) = match change {
+            Change::Create(service) => {
+                self.is_free(&service)?;
+                (service.name.clone(), Some(Arc::new(service)))
+            }
+            Change::Replace(service, condition) => {
+                let old = self.is_ours(&service.name, &condition)?;
+                if old.written == service.written {
+                    return Ok(());
+                }
+                (service.name.clone(), Some(Arc::new(service)))
+            }
+            Change::Remove(name, condition) => {
+                self.is_ours(&name, &condition)?;
+                (name, None)
+            }
+        };
+        let mut next = self.services.clone();
+        let old = match &new {
+            Some(service) => next.insert(name.clone(), service.clone()),
+            None => next.remove(&name),
+        };
+        self.can_be(&next, new.as_deref())?;
+        let taken_over = match self.keep(&name, new.as_ref()).await {
+            Ok(()) => self.hand_over(&next).await,
+            Err(refusal) => Err(refusal),
+        };
+        if let Err(refusal) = taken_over {
+            // It may be durable, and must not come to life after a restart.
+            if let Err(stuck) = self.keep(&name, old.as_ref()).await {
+                error!(service = name, "refused, but kept on disk: {}", stuck.detail);
+            }
+            return Err(refusal);
+        }
+        self.services = next;
+        let done = match (&old, &new) {
+            (None, _) => "created",
+            (Some(_), Some(_)) => "updated",
+            (Some(_), None) => "removed",
+        };
+        info!(service = name, "{done} by the API");
+        Ok(())
+    }
+
+    fn is_free(&self, service: &Service) -> Result<(), Problem> {
+        let view = self.views.borrow();
+        let Some((taken, _)) = view.service(&service.name) else { return Ok(()) };
+        let detail = format!("there is a service `{}` already, of the {}", taken.name, taken.owner);
+        let remark = Remark {
+            pointer: "/name".to_owned(),
+            detail: detail.clone(),
+            remedy: "choose another name, or replace that one".to_owned(),
+        };
+        Err(Problem::about(StatusCode::CONFLICT, detail, vec![remark]))
+    }
+
+    /// The service that is to be changed, if we may and it is what the client thinks it is.
+    fn is_ours(&self, name: &str, condition: &Condition) -> Result<Arc<Service>, Problem> {
+        let own = self.services.get(name).cloned();
+        let service = own.or_else(|| Some(self.views.borrow().service(name)?.0.clone()));
+        let service = service.ok_or_else(|| Problem::no_service(name))?;
+        if service.owner != Owner::Api {
+            let detail = format!("`{name}` is the {}'s: change it there", service.owner);
+            return Err(Problem::new(StatusCode::CONFLICT, detail));
+        }
+        let version = resource::version(service.owner, &ServiceSpec::from(&*service));
+        match condition {
+            Condition::Any => Ok(service),
+            Condition::Versions(versions) if versions.contains(&version) => Ok(service),
+            Condition::Versions(_) => {
+                let detail = format!("`{name}` has changed meanwhile: read it again");
+                Err(Problem::new(StatusCode::PRECONDITION_FAILED, detail))
+            }
+            Condition::Missing => {
+                let detail =
+                    "say which version is meant, by If-Match with the ETag it was read with";
+                Err(Problem::new(StatusCode::PRECONDITION_REQUIRED, detail))
+            }
+        }
+    }
+
+    /// Whether these can stand beside the others' services, and there is room for them.
+    fn can_be(&self, next: &Services, new: Option<&Service>) -> Result<(), Problem> {
+        let view = self.views.borrow().clone();
+        let others: Vec<_> = view.desired.others(Owner::Api).cloned().collect();
+        let next: Vec<_> = next.values().cloned().collect();
+        let joined = join(&[&others, &next], &view.vteps);
+        let joined = joined.map_err(|conflict| conflict_problem(&conflict, new))?;
+        let exceeded = |error| Problem::new(StatusCode::CONFLICT, format!("{error}"));
+        self.limits.admit(&joined).map_err(exceeded)
+    }
+
+    /// Makes a service durable, or its absence.
+    async fn keep(&mut self, name: &str, service: Option<&Arc<Service>>) -> Result<(), Problem> {
+        let mut store = self.store.take().expect("given back below");
+        let (name, spec) = (name.to_owned(), service.map(|service| ServiceSpec::from(&**service)));
+        let (store, kept) = spawn_blocking(move || {
+            let kept = match spec {
+                Some(spec) => store.put(&name, &spec),
+                None => store.remove(&name),
+            };
+            (store, kept)
+        })
+        .await
+        .expect("the store does not panic");
+        self.store = Some(store);
+        kept.map_err(|error: StoreError| {
+            let sentence = causes::line(causes::of(&error));
+            error!("a change by the API is refused: {sentence}");
+            Problem::new(StatusCode::INTERNAL_SERVER_ERROR, sentence)
+        })
+    }
+
+    async fn hand_over(&self, services: &Services) -> Result<(), Problem> {
+        let (outcome, told) = oneshot::channel();
+        let wanted = Wanted { services: services.values().cloned().collect(), outcome };
+        let _ = self.daemon.send(wanted).await;
+        match told.await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(Refusal::Impossible(why))) => Err(Problem::new(StatusCode::CONFLICT, why)),
+            Ok(Err(Refusal::Failed(why))) => {
+                Err(Problem::new(StatusCode::INTERNAL_SERVER_ERROR, why))
+            }
+            Err(_) => Err(Problem::new(StatusCode::SERVICE_UNAVAILABLE, "the daemon is stopping")),
+        }
+    }
+}
+
+/// Points at the value of `new` that can't be because of what is there.
+fn conflict_problem(conflict: &Conflict, new: Option<&Service>) -> Problem {
+    let (pointer, remedy) = match conflict.claim {
+        Claim::Name => ("/name".to_owned(), "choose another name"),
+        Claim::Port(..) => ("/ports".to_owned(), "another port or VIP"),
+        Claim::TunnelEnd(address) => {
+            let to_it = |new: &Service| new.backends.iter().position(|b| b.vtep == address);
+            match new.filter(|new| new.vip != address).and_then(to_it) {
+                Some(index) => (format!("/backends/{index}/vtep"), "the node's own address"),
+                None => ("/vip".to_owned(), "an address that no tunnel ends at"),
+            }
+        }
+    };
+    let detail = conflict.to_string();
+    let remark = Remark { pointer, detail: detail.clone(), remedy: remedy.to_owned() };
+    Problem::about(StatusCode::CONFLICT, detail, vec![remark])
+}
+
+impl Desired {
+    /// The services that this owner may not change.
+    fn others(&self, owner: Owner) -> impl Iterator<Item = &Arc<Service>> {
+        self.services.iter().filter(move |service| service.owner != owner)
+    }
+}

@@ -1,0 +1,760 @@
+//! The API over a real socket, asked by the command line's client, before a daemon that only plans.
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{Mutex, mpsc as std_mpsc},
+    thread,
+    time::Duration,
+};
+
+use dataplane::time::Tick;
+use hyper::{Method, StatusCode};
+use proptest::prelude::*;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::{runtime, sync::oneshot};
+
+use super::{
+    client::{Client, ClientError},
+    *,
+};
+use crate::{
+    config::Config,
+    daemon,
+    desired::join,
+    offline::Offline,
+    plan::{Inputs, Planner},
+    source::api::Store,
+    status::Status,
+};
+
+const CONFIG: &str = r#"
+    node.name = "n1"
+
+    [[service]]
+    name = "web"
+    vip = "203.0.113.10"
+    ports = ["80/tcp"]
+    vni = 100
+    backend = [
+        { name = "web-1", vtep = "10.0.0.2", mac = "02:42:0a:00:00:02" },
+        { name = "web-2", vtep = "10.0.0.3", mac = "02:42:0a:00:00:03", weight = 0 },
+    ]
+"#;
+
+/// Serves the API for as long as it lives, before a daemon that plans, and sends no packet.
+struct Rig {
+    folder: Arc<TempDir>,
+    addresses: Vec<std::net::SocketAddr>,
+    views: watch::Sender<Arc<View>>,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+/// What a daemon with this configuration shows.
+fn view(text: &str, generation: u64) -> Arc<View> {
+    let (config, _) = Config::parse("test", text).unwrap();
+    let Offline { forwarding, backends, .. } = Offline::new(&config).unwrap();
+    Arc::new(View {
+        generation,
+        desired: config.desired,
+        placements: backends.into(),
+        vteps: Vec::new(),
+        forwarding,
+        refused: None,
+        link_missing: false,
+    })
+}
+
+/// Takes over what the API wants, as the daemon does: joined with the file's, planned, shown.
+struct PlanningDaemon {
+    config: Config,
+    planner: Planner,
+    views: watch::Sender<Arc<View>>,
+}
+
+impl PlanningDaemon {
+    fn want(&mut self, services: &[Arc<crate::desired::Service>]) -> Result<(), Refusal> {
+        let desired = join(&[&self.config.desired.services, services], &[])
+            .map_err(|conflict| Refusal::Impossible(conflict.to_string()))?;
+        let inputs = Inputs {
+            desired: &desired,
+            hops: &Default::default(),
+            next_hops: &[],
+            interfaces: &[],
+            vtep: None,
+            vtep6: None,
+            answer_arp: false,
+            offline: true,
+        };
+        let plan = self.planner.plan(&inputs, Tick(0));
+        let plan = plan.map_err(|error| Refusal::Impossible(error.to_string()))?;
+        let generation = self.views.borrow().generation + 1;
+        self.views.send_replace(Arc::new(View {
+            generation,
+            desired,
+            placements: plan.backends.into(),
+            vteps: Vec::new(),
+            forwarding: Arc::new(plan.forwarding),
+            refused: None,
+            link_missing: false,
+        }));
+        Ok(())
+    }
+}
+
+impl Rig {
+    fn new(text: &str) -> Self {
+        Self::start(text, Arc::new(tempfile::tempdir().unwrap()))
+    }
+
+    /// A process that dies without warning, and another one in its place.
+    fn again(self, text: &str) -> Self {
+        let folder = self.folder.clone();
+        drop(self);
+        Self::start(text, folder)
+    }
+
+    fn start(text: &str, folder: Arc<TempDir>) -> Self {
+        let (config, _) = Config::parse("test", text).unwrap();
+        let (views, seen) = watch::channel(view(text, 0));
+        let (stop, stopped) = oneshot::channel();
+        let (socket, state) = (folder.path().join("api.sock"), folder.path().join("state"));
+        let (bound, ready) = std_mpsc::channel();
+        let shown = views.clone();
+        let thread = thread::spawn(move || {
+            let runtime = runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let socket = ApiSocket::bind(&socket, 0o600).await.unwrap();
+                let (store, services) = Store::open(&state, &config.maglev).unwrap();
+                let observed = Observed::without_workers(&config);
+                let mut daemon =
+                    PlanningDaemon { planner: daemon::planner(&config), config, views: shown };
+                let kept: Vec<_> = services.values().cloned().collect();
+                daemon.want(&kept).unwrap();
+                let limits = daemon.config.limits.clone();
+                let (changes, mut wanted) = Changes::start(store, services, limits, seen.clone());
+                let doors = TcpDoor::open_all(&daemon.config.api).await.unwrap();
+                bound.send(doors.iter().map(TcpDoor::address).collect()).unwrap();
+                let taking = async {
+                    while let Some(Wanted { services, outcome }) = wanted.recv().await {
+                        let _ = outcome.send(daemon.want(&services));
+                    }
+                };
+                tokio::select! {
+                    () = Api::new(observed, seen, changes).serve(socket, doors) => {}
+                    () = taking => {}
+                    _ = stopped => {}
+                }
+            });
+        });
+        let addresses = ready.recv().unwrap();
+        Self { folder, addresses, views, stop: Some(stop), thread: Some(thread) }
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.folder.path().join("api.sock")
+    }
+
+    fn client(&self) -> Client {
+        Client::new(&self.socket()).unwrap()
+    }
+
+    fn get(&self, path: &str) -> Value {
+        self.client().get(path).unwrap()
+    }
+
+    /// Changes something; the version, or why not.
+    fn change(
+        &self,
+        method: Method,
+        path: &str,
+        body: Value,
+        version: &str,
+    ) -> Result<String, Problem> {
+        let body = (!body.is_null()).then_some(&body);
+        let version = (!version.is_empty()).then_some(version);
+        match self.client().change::<Value>(method, path, body, version) {
+            Ok(changed) => Ok(changed["version"].as_str().unwrap_or_default().to_owned()),
+            Err(ClientError::Refused(problem)) => Err(problem),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn create(&self, service: &Value) -> Result<String, Problem> {
+        self.change(Method::POST, "/v1/services", service.clone(), "")
+    }
+
+    fn replace(&self, name: &str, service: &Value, version: &str) -> Result<String, Problem> {
+        self.change(Method::PUT, &format!("/v1/services/{name}"), service.clone(), version)
+    }
+
+    fn remove(&self, name: &str, version: &str) -> Result<String, Problem> {
+        self.change(Method::DELETE, &format!("/v1/services/{name}"), Value::Null, version)
+    }
+
+    /// Where the workers would send packets for a VIP.
+    fn forwards(&self, vip: &str, port: u16) -> bool {
+        let address: std::net::IpAddr = vip.parse().unwrap();
+        self.views.borrow().forwarding.service_at(address.into(), 6, port).is_some()
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        let _ = self.stop.take().unwrap().send(());
+        let _ = self.thread.take().unwrap().join();
+    }
+}
+
+#[test]
+fn a_service_is_shown_with_its_owner_its_version_and_what_is_wanted() {
+    let rig = Rig::new(CONFIG);
+    let service = rig.get("/v1/services/web");
+    assert_eq!(service["owner"], "file");
+    assert_eq!(service["spec"]["backends"][1]["weight"], 0);
+    assert_eq!(service["spec"]["vni"], 100);
+    assert_eq!(service["backends"], json!({ "active": 1, "draining": 1, "unreachable": 0 }));
+    assert_eq!(rig.get("/v1/services"), json!([service]));
+    let backends = rig.get("/v1/services/web/backends");
+    assert_eq!(backends[1]["state"], "draining");
+}
+
+#[test]
+fn a_version_names_what_is_wanted_and_nothing_else() {
+    let rig = Rig::new(CONFIG);
+    let version = || rig.get("/v1/services/web")["version"].clone();
+    let first = version();
+    rig.views.send_replace(view(CONFIG, 2));
+    assert_eq!(version(), first);
+    rig.views.send_replace(view(&CONFIG.replace("weight = 0", "weight = 1"), 3));
+    assert_ne!(version(), first);
+    rig.views.send_replace(view(CONFIG, 4));
+    assert_eq!(version(), first);
+}
+
+#[test]
+fn the_status_is_that_of_the_whole_node() {
+    let rig = Rig::new(CONFIG);
+    let status: Status = rig.client().get("/v1/status").unwrap();
+    assert_eq!((&*status.node, status.generation), ("n1", 1));
+    assert_eq!(status.services[0].backends[0].vtep, "10.0.0.2");
+}
+
+#[test]
+fn what_is_not_there_is_a_problem_with_a_sentence() {
+    let rig = Rig::new(CONFIG);
+    for (method, path, status, detail) in [
+        (Method::GET, "/v1/services/nosuch", 404, "there is no service `nosuch`"),
+        (Method::GET, "/v2", 404, "there is no /v2: see /openapi.json"),
+        (Method::PATCH, "/v1/status", 405, "PATCH does nothing to /v1/status"),
+    ] {
+        let problem = rig.change(method, path, Value::Null, "").unwrap_err();
+        assert_eq!((problem.status, &*problem.detail), (status, detail));
+        let status = StatusCode::from_u16(problem.status).unwrap();
+        assert_eq!(Some(&*problem.title), status.canonical_reason());
+    }
+}
+
+#[test]
+fn over_tcp_it_answers_who_means_this_machine() {
+    use std::io::{Read, Write};
+    let rig = Rig::new(&format!(
+        "[api]\nlisten = [\"127.0.0.1:0\"]\n{}",
+        CONFIG.replace("node.name = \"n1\"", "")
+    ));
+    let asked = |host: &str| {
+        let mut client = std::net::TcpStream::connect(rig.addresses[0]).unwrap();
+        write!(client, "GET /v1/services HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")
+            .unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        answer[9..12].to_owned()
+    };
+    for host in ["localhost", "127.0.0.1:9180", "[::1]:80"] {
+        assert_eq!(asked(host), "200", "{host}");
+    }
+    assert_eq!(asked("rebound.example"), "421");
+}
+
+/// What `/metrics` says.
+fn metrics(rig: &Rig) -> String {
+    use std::io::{Read, Write};
+    let mut client = std::os::unix::net::UnixStream::connect(rig.socket()).unwrap();
+    client.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).unwrap();
+    assert!(answer.contains("content-type: text/plain; version=0.0.4"), "{answer}");
+    answer
+}
+
+#[test]
+fn metrics_are_numbers_with_words_and_their_series_are_bounded() {
+    let text = metrics(&Rig::new(CONFIG));
+    for line in [
+        "wiremesh_services{owner=\"file\"} 1",
+        "wiremesh_backends{state=\"draining\"} 1",
+        "wiremesh_service_active_backends{service=\"web\"} 1",
+        "wiremesh_backend_weight{service=\"web\",backend=\"web-2\"} 0",
+        "wiremesh_series_left_out 0",
+        "wiremesh_generation 1",
+    ] {
+        assert!(text.lines().any(|found| found == line), "no {line} in {text}");
+    }
+    // One service and one backend may have their own; the other backend is left out.
+    let text = metrics(&Rig::new(&format!(
+        "[api]\nmetrics_limit = 1\n{}",
+        CONFIG.replace("node.name = \"n1\"", "")
+    )));
+    assert!(text.contains("wiremesh_series_left_out 1\n"), "{text}");
+    assert!(text.contains("backend=\"web-1\"") && !text.contains("backend=\"web-2\""), "{text}");
+    assert!(text.contains("wiremesh_backends{state=\"draining\"} 1"), "the sum has it");
+}
+
+/// A service of one backend.
+fn shop(vip: &str, ports: &[&str], weight: u16) -> Value {
+    json!({
+        "name": "shop", "vip": vip, "ports": ports, "vni": 7,
+        "backends": [
+            { "name": "shop-1", "vtep": "10.0.0.9", "mac": "02:00:00:00:00:09", "weight": weight },
+        ],
+    })
+}
+
+#[test]
+fn a_service_is_created_replaced_and_removed() {
+    let rig = Rig::new(CONFIG);
+    let (one, two) = (shop("203.0.113.20", &["80/tcp"], 1), shop("203.0.113.20", &["81/tcp"], 1));
+    let first = rig.create(&one).unwrap();
+    assert!(rig.forwards("203.0.113.20", 80));
+    let shown = rig.get("/v1/services/shop");
+    assert_eq!((&shown["owner"], &shown["spec"]), (&json!("api"), &one));
+    assert_eq!(shown["version"], *first);
+
+    let second = rig.replace("shop", &two, &first).unwrap();
+    assert_ne!(first, second);
+    assert!(!rig.forwards("203.0.113.20", 80) && rig.forwards("203.0.113.20", 81));
+    assert_eq!(rig.get("/v1/services/shop")["spec"], two);
+
+    rig.remove("shop", &second).unwrap();
+    assert!(!rig.forwards("203.0.113.20", 81));
+    assert_eq!(rig.get("/v1/services").as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn what_was_acknowledged_is_there_after_a_restart() {
+    let rig = Rig::new(CONFIG);
+    let one = shop("203.0.113.20", &["80/tcp"], 1);
+    let version = rig.create(&one).unwrap();
+    let rig = rig.again(CONFIG);
+    assert_eq!(rig.get("/v1/services/shop")["version"], *version);
+    assert!(rig.forwards("203.0.113.20", 80));
+    rig.remove("shop", &version).unwrap();
+    let rig = rig.again(CONFIG);
+    assert_eq!(rig.get("/v1/services").as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn of_two_writers_who_read_the_same_the_second_is_told() {
+    let rig = Rig::new(CONFIG);
+    let read = rig.create(&shop("203.0.113.20", &["80/tcp"], 1)).unwrap();
+    rig.replace("shop", &shop("203.0.113.20", &["80/tcp"], 5), &read).unwrap();
+    let late = shop("203.0.113.20", &["80/tcp"], 0);
+    let refused = rig.replace("shop", &late, &read).unwrap_err();
+    assert_eq!(
+        (refused.status, &*refused.detail),
+        (412, "`shop` has changed meanwhile: read it again")
+    );
+    assert_eq!(rig.remove("shop", &read).unwrap_err().status, 412);
+    assert_eq!(rig.get("/v1/services/shop")["spec"]["backends"][0]["weight"], 5);
+    for refused in
+        [rig.replace("shop", &late, "").unwrap_err(), rig.remove("shop", "").unwrap_err()]
+    {
+        assert_eq!(refused.status, 428);
+        assert!(refused.detail.contains("If-Match"), "{}", refused.detail);
+    }
+}
+
+#[test]
+fn of_many_writers_at_once_one_wins_each_round() {
+    let rig = Rig::new(CONFIG);
+    let version = Mutex::new(rig.create(&shop("203.0.113.20", &["80/tcp"], 0)).unwrap());
+    for round in 1..20 {
+        let read = version.lock().unwrap().clone();
+        let won: Vec<String> = thread::scope(|scope| {
+            let writers: Vec<_> = (0..4)
+                .map(|writer| {
+                    let (rig, read) = (&rig, &read);
+                    scope.spawn(move || {
+                        let mine = shop("203.0.113.20", &["80/tcp"], round * 4 + writer);
+                        rig.replace("shop", &mine, read).ok()
+                    })
+                })
+                .collect();
+            writers.into_iter().filter_map(|writer| writer.join().unwrap()).collect()
+        });
+        let [version_of_winner] = &won[..] else { panic!("{won:?}") };
+        *version.lock().unwrap() = version_of_winner.clone();
+    }
+}
+
+#[test]
+fn what_is_not_the_apis_or_taken_is_refused_with_a_sentence_and_a_place() {
+    let rig = Rig::new(CONFIG);
+    rig.create(&shop("203.0.113.20", &["80/tcp"], 1)).unwrap();
+    let named = |name: &str, mut service: Value| {
+        service["name"] = name.into();
+        service
+    };
+    for (service, pointer, detail) in [
+        (
+            named("web", shop("203.0.113.30", &["80/tcp"], 1)),
+            "/name",
+            "there is a service `web` already, of the file",
+        ),
+        (
+            named("shop", shop("203.0.113.30", &["80/tcp"], 1)),
+            "/name",
+            "there is a service `shop` already, of the api",
+        ),
+        (
+            named("other", shop("203.0.113.10", &["79-80/tcp"], 1)),
+            "/ports",
+            "the file's `web` and the api's `other` both publish 80/tcp of 203.0.113.10",
+        ),
+        (
+            named("other", shop("203.0.113.20", &["80/tcp"], 1)),
+            "/ports",
+            "the api's `other` and the api's `shop` both publish 80/tcp of 203.0.113.20",
+        ),
+        (
+            named("other", shop("10.0.0.2", &["80/tcp"], 1)),
+            "/vip",
+            "10.0.0.2 is the VIP of the api's `other`, and a tunnel of the file's `web` ends there",
+        ),
+    ] {
+        let generation = rig.views.borrow().generation;
+        let refused = rig.create(&service).unwrap_err();
+        assert_eq!((refused.status, &*refused.detail), (409, detail));
+        assert_eq!(refused.errors[0].pointer, pointer);
+        assert_eq!(rig.views.borrow().generation, generation, "nothing has changed");
+    }
+    let web = named("web", shop("203.0.113.30", &["80/tcp"], 1));
+    for refused in [rig.replace("web", &web, "*").unwrap_err(), rig.remove("web", "*").unwrap_err()]
+    {
+        assert_eq!(
+            (refused.status, &*refused.detail),
+            (409, "`web` is the file's: change it there")
+        );
+    }
+    assert_eq!(rig.remove("nosuch", "*").unwrap_err().status, 404);
+}
+
+#[test]
+fn a_body_that_is_wrong_is_refused_by_the_field() {
+    let rig = Rig::new(CONFIG);
+    let good = shop("203.0.113.20", &["80/tcp"], 1);
+    let spoiled = |path: &str, value: Value| {
+        let mut bad = good.clone();
+        *bad.pointer_mut(path).unwrap() = value;
+        bad
+    };
+    for (body, status, pointer, detail) in [
+        (
+            spoiled("/vip", json!("nowhere")),
+            422,
+            "/vip",
+            "`vip` is `nowhere`, which is not an IP address",
+        ),
+        (
+            spoiled("/backends/0/weight", json!(1001)),
+            422,
+            "/backends/0/weight",
+            "`weight` is 1001, out of its range",
+        ),
+        (
+            spoiled("/backends/0/weight", json!("x")),
+            422,
+            "/backends/0/weight",
+            "invalid type: string \"x\"",
+        ),
+        (spoiled("/ports", json!("80/tcp")), 422, "/ports", "invalid type: string \"80/tcp\""),
+        (json!({ "named": "shop" }), 422, "/named", "unknown field `named`"),
+        (json!({ "name": "shop" }), 422, "", "the service has no `vip`"),
+        (json!([1]), 422, "/0", "invalid type: integer `1`"),
+    ] {
+        let refused = rig.create(&body).unwrap_err();
+        let about = &refused.errors[0];
+        assert_eq!((refused.status, &*about.pointer, &*about.detail), (status, pointer, detail));
+        assert!(!about.remedy.is_empty());
+    }
+    assert_eq!(rig.replace("other", &good, "*").unwrap_err().errors[0].pointer, "/name");
+    let ask = |head: &str, body: &str| {
+        use std::io::{Read, Write};
+        let mut client = std::os::unix::net::UnixStream::connect(rig.socket()).unwrap();
+        let length = body.len();
+        write!(client, "POST /v1/services HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n{head}\r\n\r\n{body}").unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        answer[9..12].to_owned()
+    };
+    assert_eq!(ask("Content-Type: text/plain", "{}"), "415");
+    assert_eq!(ask("Content-Type: application/json", "{"), "400");
+    assert_eq!(ask("Content-Type: application/json; charset=utf-8", "{} {}"), "400");
+    assert_eq!(ask("Content-Type: application/json", &" ".repeat(MAX_BODY + 1)), "413");
+}
+
+#[test]
+fn a_plan_that_is_refused_leaves_no_trace() {
+    let one_slot = "[limits]\nbackends = 1\n";
+    let rig = Rig::new(one_slot);
+    let first = rig.create(&shop("203.0.113.20", &["80/tcp"], 1)).unwrap();
+    // Another backend needs a slot while the first one's rests.
+    let mut other = shop("203.0.113.20", &["80/tcp"], 1);
+    other["backends"][0]["name"] = "shop-2".into();
+    let refused = rig.replace("shop", &other, &first).unwrap_err();
+    assert_eq!(refused.status, 409);
+    assert!(refused.detail.contains("limits.backends"), "{}", refused.detail);
+    assert_eq!(rig.get("/v1/services/shop")["version"], *first);
+    let rig = rig.again(one_slot);
+    assert_eq!(rig.get("/v1/services/shop")["version"], *first);
+}
+
+#[test]
+fn a_disk_that_refuses_leaves_no_trace() {
+    let rig = Rig::new(CONFIG);
+    rig.create(&shop("203.0.113.20", &["80/tcp"], 1)).unwrap();
+    // Where the new file would be written is a directory.
+    let folder = rig.folder.path().join("state/services");
+    std::fs::create_dir(folder.join("other.new")).unwrap();
+    let mut other = shop("203.0.113.21", &["80/tcp"], 1);
+    other["name"] = "other".into();
+    let refused = rig.create(&other).unwrap_err();
+    assert_eq!(refused.status, 500);
+    assert!(refused.detail.contains("api.state_directory"), "{}", refused.detail);
+    assert!(!rig.forwards("203.0.113.21", 80));
+    std::fs::remove_dir(folder.join("other.new")).unwrap();
+    rig.create(&other).unwrap();
+    assert!(rig.forwards("203.0.113.21", 80));
+}
+
+#[test]
+fn what_may_not_have_been_meant_is_done_and_warned_of() {
+    let rig = Rig::new(CONFIG);
+    let body = shop("203.0.113.20", &["80/tcp"], 0);
+    let changed: resource::Changed =
+        rig.client().change(Method::POST, "/v1/services", Some(&body), None).unwrap();
+    assert_eq!(changed.warnings[0].detail, "all backends of `shop` have weight 0");
+    assert_eq!(changed.service.backends.draining, 1);
+}
+
+/// One call, of a small world, so that calls get in each other's way.
+#[derive(Clone, Debug)]
+enum Call {
+    Create(Value),
+    Replace(Value, Meant),
+    Remove(String, Meant),
+    Restart,
+}
+
+/// Which version a call names.
+#[derive(Clone, Copy, Debug)]
+enum Meant {
+    Newest,
+    Old,
+    Any,
+}
+
+const NAMES: [&str; 3] = ["web", "shop", "mail"];
+const WORLD: [(&str, u16); 4] =
+    [("203.0.113.10", 80), ("203.0.113.10", 81), ("203.0.113.20", 80), ("203.0.113.20", 81)];
+
+fn calls() -> impl Strategy<Value = Vec<Call>> {
+    let service = (0..NAMES.len(), prop::bool::ANY, 0..4_u8, 0..3_u16).prop_map(
+        |(name, vip, ports, weight)| {
+            // No port at all is one of the mistakes.
+            let ports: Vec<String> = (0..2)
+                .filter(|bit| ports & 1 << bit != 0)
+                .map(|bit| format!("{}/tcp", 80 + bit))
+                .collect();
+            let ports: Vec<&str> = ports.iter().map(String::as_str).collect();
+            let mut service =
+                shop(if vip { "203.0.113.10" } else { "203.0.113.20" }, &ports, weight);
+            service["name"] = NAMES[name].into();
+            service
+        },
+    );
+    let meant = prop::sample::select(vec![Meant::Newest, Meant::Newest, Meant::Old, Meant::Any]);
+    let name = prop::sample::select(NAMES.to_vec()).prop_map(str::to_owned);
+    let call = prop_oneof![
+        4 => service.clone().prop_map(Call::Create),
+        4 => (service, meant.clone()).prop_map(|(service, meant)| Call::Replace(service, meant)),
+        2 => (name, meant).prop_map(|(name, meant)| Call::Remove(name, meant)),
+        1 => Just(Call::Restart),
+    ];
+    prop::collection::vec(call, 1..25)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_calls_make_api_disk_and_data_plane_disagree(calls in calls()) {
+        let mut rig = Rig::new(CONFIG);
+        // What was acknowledged, and with which version.
+        let mut model: BTreeMap<String, (Value, String)> = BTreeMap::new();
+        for call in calls {
+            let version = |name: &str, meant| match (model.get(name), meant) {
+                (Some((_, version)), Meant::Newest) => version.clone(),
+                (_, Meant::Any) => "*".to_owned(),
+                _ => "0000000000000000".to_owned(),
+            };
+            match call {
+                Call::Create(service) => {
+                    let name = service["name"].as_str().unwrap().to_owned();
+                    if let Ok(version) = rig.create(&service) {
+                        prop_assert!(model.insert(name, (service, version)).is_none());
+                    }
+                }
+                Call::Replace(service, meant) => {
+                    let name = service["name"].as_str().unwrap().to_owned();
+                    if let Ok(version) = rig.replace(&name, &service, &version(&name, meant)) {
+                        prop_assert!(!matches!(meant, Meant::Old));
+                        prop_assert!(model.insert(name, (service, version)).is_some());
+                    }
+                }
+                Call::Remove(name, meant) => {
+                    if rig.remove(&name, &version(&name, meant)).is_ok() {
+                        prop_assert!(model.remove(&name).is_some());
+                    }
+                }
+                Call::Restart => rig = rig.again(CONFIG),
+            }
+            let shown = rig.get("/v1/services");
+            let shown: BTreeMap<String, (Value, String)> = shown
+                .as_array()
+                .unwrap()
+                .iter()
+                .filter(|service| service["owner"] == "api")
+                .map(|service| {
+                    let text = |key: &str| service[key].as_str().unwrap().to_owned();
+                    (text("name"), (service["spec"].clone(), text("version")))
+                })
+                .collect();
+            prop_assert_eq!(&shown, &model);
+            for (vip, port) in WORLD {
+                let wanted = (vip, port) == ("203.0.113.10", 80)
+                    || model.values().any(|(service, _)| {
+                        let ports = service["ports"].as_array().unwrap();
+                        service["vip"] == vip && ports.contains(&json!(format!("{port}/tcp")))
+                    });
+                prop_assert_eq!(rig.forwards(vip, port), wanted, "{} {}", vip, port);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_document_describes_every_path_with_a_sentence() {
+    let rig = Rig::new(CONFIG);
+    let document = rig.get("/openapi.json");
+    assert!(document["openapi"].as_str().unwrap().starts_with("3."));
+    let paths = document["paths"].as_object().unwrap();
+    assert!(paths.contains_key("/v1/services/{name}"), "{paths:?}");
+    for (path, methods) in paths {
+        for (method, operation) in methods.as_object().unwrap() {
+            let summary = operation["summary"].as_str().unwrap_or_default();
+            assert!(summary.ends_with('.'), "{method} {path}: {summary:?}");
+        }
+    }
+}
+
+#[test]
+fn a_watcher_is_told_what_is_and_then_what_changes() {
+    let rig = Rig::new(CONFIG);
+    let mut seen = Vec::new();
+    let mut views = [
+        CONFIG.replace("weight = 0", "weight = 5"),
+        CONFIG.replace("web-2", "web-3"),
+        String::from("# nothing"),
+    ]
+    .into_iter();
+    rig.client()
+        .watch("/v1/events", |event: Event| {
+            let generation = match &event {
+                Event::Generation { generation } => Some(*generation),
+                _ => None,
+            };
+            seen.push(event);
+            let Some(generation) = generation else { return true };
+            let Some(next) = views.next() else { return false };
+            rig.views.send_replace(view(&next, generation + 1));
+            true
+        })
+        .unwrap();
+    let told: Vec<String> = seen
+        .iter()
+        .map(|event| match event {
+            Event::Created { service, owner, .. } => format!("+{service} of {owner}"),
+            Event::Updated { service, .. } => format!("~{service}"),
+            Event::Removed { service } => format!("-{service}"),
+            Event::Backend { backend, state, weight, .. } => format!("{backend} {state} {weight}"),
+            Event::BackendRemoved { backend, .. } => format!("-{backend}"),
+            Event::Refused { reason } => reason.clone(),
+            Event::Generation { generation } => generation.to_string(),
+        })
+        .collect();
+    let expected = [
+        "+web of file",
+        "web-1 active 1",
+        "web-2 draining 0",
+        "1", //
+        "~web",
+        "web-2 active 5",
+        "2", //
+        "~web",
+        "web-3 draining 0",
+        "-web-2",
+        "3", //
+        "-web",
+        "4",
+    ];
+    assert_eq!(told, expected);
+}
+
+#[test]
+fn watchers_leave_room_for_those_who_ask() {
+    let rig = Rig::new(CONFIG);
+    let runtime = runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let socket = rig.socket();
+    // More than may watch, each on a connection of its own, held open.
+    let ask = b"GET /v1/events HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    let answers = runtime.block_on(async {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let mut watching = Vec::new();
+        for _ in 0..=MAX_WATCHERS {
+            let mut client = tokio::net::UnixStream::connect(&socket).await.unwrap();
+            client.write_all(ask).await.unwrap();
+            let mut head = [0; 12];
+            client.read_exact(&mut head).await.unwrap();
+            watching.push((String::from_utf8(head.to_vec()).unwrap(), client));
+        }
+        watching
+    });
+    let (last, others) = answers.split_last().unwrap();
+    assert!(others.iter().all(|(head, _)| head == "HTTP/1.1 200"));
+    assert_eq!(last.0, "HTTP/1.1 503");
+    assert_eq!(rig.get("/v1/services")[0]["name"], "web");
+}
+
+#[test]
+fn a_client_that_does_not_read_delays_no_other() {
+    let rig = Rig::new(CONFIG);
+    let mut silent = std::os::unix::net::UnixStream::connect(rig.socket()).unwrap();
+    // Many answers more than any socket buffers.
+    let ask = "GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n".repeat(1000);
+    silent.set_write_timeout(Some(Duration::from_millis(200))).unwrap();
+    let _ = std::io::Write::write_all(&mut silent, ask.as_bytes());
+    assert_eq!(rig.get("/v1/services")[0]["name"], "web");
+}

@@ -1,0 +1,505 @@
+//! `wiremesh service`: what is typed becomes a [`ServiceSpec`], and what the API answers becomes tables.
+
+use std::{fmt, str::FromStr};
+
+use clap::{Args, Subcommand};
+use hyper::{Method, StatusCode};
+use miette::{Report, miette};
+use serde::Serialize;
+
+use super::{
+    Daemon, print,
+    show::{Listed, Processes},
+};
+use crate::{
+    api::{
+        client::{ClientError, segment},
+        resource::{Changed, Service},
+    },
+    config::{BackendSpec, Mode, Remark, ServiceSpec},
+};
+
+/// How often a change is tried again when another writer was faster.
+const TRIES: u32 = 5;
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Create a service
+    ///
+    /// Example: wiremesh service create --name web --vip 203.0.113.10 --publish published=80,target=80
+    /// --vni 100 --backend vtep=10.0.0.2,mac=02:42:0a:00:00:02
+    Create(Create),
+    /// List all services
+    #[command(visible_alias = "list")]
+    Ls {
+        #[command(flatten)]
+        daemon: Daemon,
+    },
+    /// Show a service as it would stand in the configuration file
+    Inspect {
+        /// The service
+        name: String,
+        #[command(flatten)]
+        daemon: Daemon,
+    },
+    /// Show a service's backends, and what they were sent
+    Ps {
+        /// The service
+        name: String,
+        #[command(flatten)]
+        daemon: Daemon,
+    },
+    /// Change a service
+    ///
+    /// Only what is said changes. If somebody else changes the service at the same time, what was said is
+    /// done to what they made of it; with --if-version it is refused instead (exit code 4).
+    ///
+    /// Example, to drain a backend: wiremesh service update web --weight web-2=0
+    Update(Update),
+    /// Remove services
+    ///
+    /// Their connections are dropped. To let them end, drain the backends first.
+    #[command(visible_alias = "remove")]
+    Rm {
+        /// The services
+        #[arg(required = true)]
+        names: Vec<String>,
+        #[command(flatten)]
+        daemon: Daemon,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct Create {
+    /// Its name: letters, digits, dashes, underscores and dots
+    #[arg(long)]
+    name: String,
+    /// Its address, IPv4 or IPv6
+    #[arg(long)]
+    vip: String,
+    /// A port to publish: published=80,target=80,protocol=tcp, or 80/tcp, or 8000-8010/udp
+    ///
+    /// Without a protocol it is tcp. In mode dsr packets arrive as the client sent them, so target, if
+    /// given, has to be the same as published.
+    #[arg(long, required = true, value_name = "PORT")]
+    publish: Vec<Publish>,
+    /// How packets get to the backends
+    #[arg(long, default_value = "dsr", value_parser = mode)]
+    mode: Mode,
+    /// The VXLAN network identifier, of the backends that name none
+    #[arg(long)]
+    vni: Option<i64>,
+    /// The UDP port of the backends' tunnels, if not 4789
+    #[arg(long, value_name = "PORT")]
+    vxlan_port: Option<i64>,
+    /// The largest IP packet that the tunnels carry, in bytes
+    #[arg(long, value_name = "BYTES")]
+    mtu: Option<i64>,
+    /// Whether the outer UDP checksum is computed
+    #[arg(long, value_name = "BOOL")]
+    udp_checksum: Option<bool>,
+    /// A backend: vtep=10.0.0.2,mac=02:42:0a:00:00:02 and, if wanted, name= weight= vni= port= mtu=
+    /// udp_checksum=
+    ///
+    /// Without a name it is called after the service: web-1, web-2 and so on.
+    #[arg(long, value_name = "BACKEND")]
+    backend: Vec<Backend>,
+    #[command(flatten)]
+    daemon: Daemon,
+}
+
+#[derive(Debug, Args)]
+pub struct Update {
+    /// The service
+    name: String,
+    /// Another address
+    #[arg(long)]
+    vip: Option<String>,
+    /// Publish another port; see create
+    #[arg(long, value_name = "PORT")]
+    publish_add: Vec<Publish>,
+    /// Publish a port no longer
+    #[arg(long, value_name = "PORT")]
+    publish_rm: Vec<Publish>,
+    /// Add a backend; see create
+    #[arg(long, value_name = "BACKEND")]
+    backend_add: Vec<Backend>,
+    /// Remove a backend. Its connections go elsewhere at once
+    #[arg(long, value_name = "NAME")]
+    backend_rm: Vec<String>,
+    /// Change a backend's share of new connections; 0 drains it
+    #[arg(long, value_name = "NAME=WEIGHT")]
+    weight: Vec<Weight>,
+    /// Only if the service is still of this version, as `inspect` shows it
+    #[arg(long)]
+    if_version: Option<String>,
+    #[command(flatten)]
+    daemon: Daemon,
+}
+
+fn mode(text: &str) -> Result<Mode, String> {
+    match text {
+        "dsr" => Ok(Mode::Dsr),
+        _ => Err("it is dsr, so far".to_owned()),
+    }
+}
+
+/// A published port, as the file writes it: `80/tcp`.
+#[derive(Clone, Debug)]
+struct Publish(String);
+
+impl FromStr for Publish {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if !text.contains('=') {
+            let protocol = if text.contains('/') { "" } else { "/tcp" };
+            return Ok(Self(format!("{text}{protocol}")));
+        }
+        let (mut published, mut target, mut protocol) = (None, None, "tcp");
+        for (key, value) in pairs(text)? {
+            match key {
+                "published" => published = Some(value),
+                "target" => target = Some(value),
+                "protocol" => protocol = value,
+                _ => {
+                    return Err(format!(
+                        "unknown key `{key}`: it is published, target or protocol"
+                    ));
+                }
+            }
+        }
+        let published = published.ok_or("there is no `published`, as in published=80,target=80")?;
+        match target {
+            Some(target) if target != published => Err(format!(
+                "in mode dsr packets arrive as the client sent them: target has to be {published} \
+                 too, not {target}"
+            )),
+            _ => Ok(Self(format!("{published}/{protocol}"))),
+        }
+    }
+}
+
+/// A backend, as far as it was typed.
+#[derive(Clone, Debug)]
+struct Backend(BackendSpec);
+
+impl FromStr for Backend {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut backend = BackendSpec::default();
+        for (key, value) in pairs(text)? {
+            let number = || {
+                value.parse().map(Some).map_err(|_| format!("`{key}` is a number, not `{value}`"))
+            };
+            match key {
+                "name" => backend.name = Some(value.to_owned()),
+                "vtep" => backend.vtep = Some(value.to_owned()),
+                "mac" => backend.mac = Some(value.to_owned()),
+                "weight" => backend.weight = number()?,
+                "vni" => backend.vni = number()?,
+                "port" => backend.port = number()?,
+                "mtu" => backend.mtu = number()?,
+                "target" | "target_port" => backend.target_port = number()?,
+                "udp_checksum" => {
+                    let truth = value.parse().map_err(|_| format!("`{key}` is true or false"))?;
+                    backend.udp_checksum = Some(truth);
+                }
+                _ => {
+                    return Err(format!(
+                        "unknown key `{key}`: it is vtep, mac, name, weight, vni, port, mtu, \
+                         target_port or udp_checksum"
+                    ));
+                }
+            }
+        }
+        Ok(Self(backend))
+    }
+}
+
+/// A backend's new weight.
+#[derive(Clone, Debug)]
+struct Weight(String, i64);
+
+impl FromStr for Weight {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, weight) = text.rsplit_once('=').ok_or("as in web-2=0")?;
+        let weight =
+            weight.parse().map_err(|_| format!("`{weight}` is no number, as in web-2=0"))?;
+        Ok(Self(name.to_owned(), weight))
+    }
+}
+
+/// `key=value,key=value`.
+fn pairs(text: &str) -> Result<Vec<(&str, &str)>, String> {
+    let pair = |part| str::split_once(part, '=').ok_or_else(|| format!("`{part}` is no key=value"));
+    text.split(',').map(pair).collect()
+}
+
+pub fn execute(command: Command) -> Result<(), Report> {
+    match command {
+        Command::Create(create) => {
+            let (spec, daemon) = create.spec();
+            let changed: Changed =
+                daemon.client()?.change(Method::POST, "/v1/services", Some(&spec), None)?;
+            done(&daemon, "created", &changed)
+        }
+        Command::Ls { daemon } => {
+            let services: Vec<Service> = daemon.client()?.get("/v1/services")?;
+            print(daemon.json, &Listed(services))
+        }
+        Command::Inspect { name, daemon } => {
+            let service: Service = daemon.client()?.get(&path(&name))?;
+            print(daemon.json, &Inspected(service))
+        }
+        Command::Ps { name, daemon } => {
+            let backends = daemon.client()?.get(&format!("{}/backends", path(&name)))?;
+            print(daemon.json, &Processes(backends))
+        }
+        Command::Update(update) => {
+            let changed = update.run()?;
+            done(&update.daemon, "updated", &changed)
+        }
+        Command::Rm { names, daemon } => {
+            let client = daemon.client()?;
+            for name in names {
+                client.change::<()>(Method::DELETE, &path(&name), None::<&()>, Some("*"))?;
+                if !daemon.json {
+                    println!("{name} removed");
+                }
+            }
+            Ok(())
+        }
+    }
+}
+
+fn path(name: &str) -> String {
+    format!("/v1/services/{}", segment(name))
+}
+
+/// What was done, and what may not have been meant.
+fn done(daemon: &Daemon, what: &str, changed: &Changed) -> Result<(), Report> {
+    for Remark { detail, remedy, .. } in &changed.warnings {
+        eprintln!("warning: {detail}: {remedy}");
+    }
+    if daemon.json {
+        return super::print_json(changed);
+    }
+    println!("{} {what}, version {}", changed.service.name, changed.service.version);
+    Ok(())
+}
+
+impl Create {
+    fn spec(self) -> (ServiceSpec, Daemon) {
+        let mut spec = ServiceSpec {
+            name: Some(self.name),
+            vip: Some(self.vip),
+            ports: Some(self.publish.into_iter().map(|publish| publish.0).collect()),
+            mode: (self.mode != Mode::Dsr).then_some(self.mode),
+            vni: self.vni,
+            vxlan_port: self.vxlan_port,
+            mtu: self.mtu,
+            udp_checksum: self.udp_checksum,
+            backends: Vec::new(),
+        };
+        add(&mut spec, self.backend);
+        (spec, self.daemon)
+    }
+}
+
+/// Adds backends. Those without a name get the first number that is free.
+fn add(spec: &mut ServiceSpec, backends: Vec<Backend>) {
+    for Backend(mut backend) in backends {
+        if backend.name.is_none() {
+            let taken = |name: &String| spec.backends.iter().any(|b| b.name.as_ref() == Some(name));
+            let service = spec.name.as_deref().unwrap_or_default();
+            let mut names = (1..).map(|number: u32| format!("{service}-{number}"));
+            backend.name = names.find(|name| !taken(name));
+        }
+        spec.backends.push(backend);
+    }
+}
+
+impl Update {
+    fn run(&self) -> Result<Changed, Report> {
+        let client = self.daemon.client()?;
+        let path = path(&self.name);
+        let mut tries = 1..=TRIES;
+        loop {
+            tries.next();
+            let service: Service = client.get(&path)?;
+            let mut spec = service.spec;
+            self.apply(&mut spec)?;
+            let version = self.if_version.as_ref().unwrap_or(&service.version);
+            let outcome = client.change(Method::PUT, &path, Some(&spec), Some(version));
+            match outcome {
+                Err(ClientError::Refused(problem))
+                    if problem.status == StatusCode::PRECONDITION_FAILED.as_u16()
+                        && self.if_version.is_none()
+                        && !tries.is_empty() => {}
+                outcome => return Ok(outcome?),
+            }
+        }
+    }
+
+    fn apply(&self, spec: &mut ServiceSpec) -> Result<(), Report> {
+        let name = &self.name;
+        if let Some(vip) = &self.vip {
+            spec.vip = Some(vip.clone());
+        }
+        let ports = spec.ports.get_or_insert_default();
+        for Publish(port) in &self.publish_rm {
+            let at = ports.iter().position(|published| published == port).ok_or_else(|| {
+                let published = ports.join(", ");
+                miette!(
+                    help = format!("it publishes {published}"),
+                    "{name} does not publish {port}"
+                )
+            })?;
+            ports.remove(at);
+        }
+        ports.extend(self.publish_add.iter().map(|publish| publish.0.clone()));
+        for gone in &self.backend_rm {
+            let at = position(spec, gone)?;
+            spec.backends.remove(at);
+        }
+        for Weight(backend, weight) in &self.weight {
+            let at = position(spec, backend)?;
+            spec.backends[at].weight = Some(*weight);
+        }
+        add(spec, self.backend_add.clone());
+        Ok(())
+    }
+}
+
+/// Where a backend stands in its service.
+fn position(spec: &ServiceSpec, backend: &str) -> Result<usize, Report> {
+    let names = || spec.backends.iter().map(|backend| backend.name.as_deref().unwrap_or_default());
+    names().position(|name| name == backend).ok_or_else(|| {
+        let has = names().collect::<Vec<_>>().join(", ");
+        let service = spec.name.as_deref().unwrap_or_default();
+        miette!(help = format!("it has {has}"), "{service} has no backend `{backend}`")
+    })
+}
+
+/// A service, in the file's words for people.
+#[derive(Serialize)]
+#[serde(transparent)]
+struct Inspected(Service);
+
+impl fmt::Display for Inspected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Service { owner, version, spec, .. } = &self.0;
+        writeln!(f, "# owner {owner}, version {version}")?;
+        let mut table = toml::Table::try_from(spec).map_err(|_| fmt::Error)?;
+        // The file names one backend at a time.
+        if let Some(backends) = table.remove("backends") {
+            table.insert("backend".to_owned(), backends);
+        }
+        let file: toml::Table = [("service".to_owned(), vec![table].into())].into_iter().collect();
+        write!(f, "{file}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    fn publish(text: &str) -> Result<String, String> {
+        text.parse::<Publish>().map(|publish| publish.0)
+    }
+
+    #[test]
+    fn a_port_is_published_in_the_words_of_docker_or_of_the_file() {
+        assert_eq!(publish("published=80,target=80").unwrap(), "80/tcp");
+        assert_eq!(publish("target=53,protocol=udp,published=53").unwrap(), "53/udp");
+        assert_eq!(publish("80").unwrap(), "80/tcp");
+        assert_eq!(publish("8000-8010/udp").unwrap(), "8000-8010/udp");
+        let error = publish("published=80,target=8080").unwrap_err();
+        assert!(error.contains("mode dsr") && error.contains("has to be 80 too"), "{error}");
+        for bad in ["target=80", "published=80,mode=host", "published=80,tcp"] {
+            publish(bad).unwrap_err();
+        }
+    }
+
+    #[test]
+    fn backends_without_a_name_are_numbered_where_there_is_room() {
+        let backend = |text: &str| text.parse::<Backend>().unwrap();
+        let mut spec = ServiceSpec { name: Some("web".to_owned()), ..ServiceSpec::default() };
+        let named =
+            backend("vtep=10.0.0.2,mac=02:00:00:00:00:02,name=web-2,weight=0,udp_checksum=true");
+        add(&mut spec, vec![backend("vtep=10.0.0.3"), named, backend("vtep=10.0.0.4,vni=7")]);
+        let names: Vec<_> = spec.backends.iter().map(|b| b.name.clone().unwrap()).collect();
+        assert_eq!(names, ["web-1", "web-2", "web-3"]);
+        assert_eq!(spec.backends[1].weight, Some(0));
+        assert_eq!(spec.backends[1].udp_checksum, Some(true));
+        assert_eq!(spec.backends[2].vni, Some(7));
+        for bad in ["vtep", "colour=red", "vtep=10.0.0.2,weight=much"] {
+            bad.parse::<Backend>().unwrap_err();
+        }
+    }
+
+    #[test]
+    fn what_is_inspected_can_be_put_into_the_file() {
+        let text = "[[service]]\nname = \"web\"\nvip = \"203.0.113.1\"\nports = [\"80/tcp\"]\nvni = 1\n\
+                    backend = [{ name = \"b\", vtep = \"10.0.0.2\", mac = \"02:00:00:00:00:02\" }]\n";
+        let (config, _) = Config::parse("test", text).unwrap();
+        let service = &config.desired.services[0];
+        let placement = crate::plan::Placement { slot: 0, unreachable: None };
+        let shown = Inspected(Service::new((service, &[placement]))).to_string();
+        assert!(shown.starts_with("# owner file, version "), "{shown}");
+        let (again, _) = Config::parse("shown", &shown).unwrap();
+        assert_eq!(again.desired, config.desired);
+    }
+
+    #[test]
+    fn an_update_changes_what_it_says_and_nothing_else() {
+        let update = |backend_rm: &[&str], weight: &[&str]| Update {
+            name: "web".to_owned(),
+            vip: None,
+            publish_add: vec!["443/udp".parse().unwrap()],
+            publish_rm: vec!["80".parse().unwrap()],
+            backend_add: vec!["vtep=10.0.0.9,mac=02:00:00:00:00:09".parse().unwrap()],
+            backend_rm: backend_rm.iter().map(|name| (*name).to_owned()).collect(),
+            weight: weight.iter().map(|weight| weight.parse().unwrap()).collect(),
+            if_version: None,
+            daemon: Daemon::default(),
+        };
+        let backend =
+            |name: &str| BackendSpec { name: Some(name.to_owned()), ..BackendSpec::default() };
+        let before = ServiceSpec {
+            name: Some("web".to_owned()),
+            vip: Some("203.0.113.1".to_owned()),
+            ports: Some(vec!["80/tcp".to_owned(), "81/tcp".to_owned()]),
+            vni: Some(7),
+            backends: vec![backend("web-1"), backend("web-2")],
+            ..ServiceSpec::default()
+        };
+        let mut spec = before.clone();
+        update(&["web-1"], &["web-2=0"]).apply(&mut spec).unwrap();
+        assert_eq!(spec.ports.unwrap(), ["81/tcp", "443/udp"]);
+        assert_eq!((spec.vip, spec.vni), (before.vip.clone(), before.vni));
+        assert_eq!(spec.backends[0].weight, Some(0));
+        assert_eq!(spec.backends[1].name.as_deref(), Some("web-1"), "the name is free again");
+        let error = update(&["web-3"], &[]).apply(&mut before.clone()).unwrap_err();
+        assert_eq!(error.to_string(), "web has no backend `web-3`");
+        assert_eq!(error.help().unwrap().to_string(), "it has web-1, web-2");
+    }
+
+    #[test]
+    fn what_is_printed_as_json_is_the_apis_own() {
+        let service = Service {
+            name: "web".to_owned(),
+            owner: "api".to_owned(),
+            version: "1".to_owned(),
+            spec: ServiceSpec::default(),
+            backends: Default::default(),
+        };
+        let json: serde_json::Value = serde_json::to_value(Inspected(service)).unwrap();
+        assert_eq!(json["owner"], "api");
+    }
+}

@@ -1,0 +1,379 @@
+//! A service as a program says it: the keys of `[[service]]`, in JSON. It is judged by the same rules as
+//! the file's; what is wrong is pointed at by a JSON pointer (RFC 6901) instead of a line.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use toml::Spanned;
+
+use utoipa::{
+    ToSchema,
+    openapi::schema::{ArrayBuilder, ObjectBuilder, OneOfBuilder, Schema, SchemaFormat, Type},
+};
+
+pub use super::file::Mode;
+use super::{
+    Maglev,
+    file::{self, Key},
+    finding::{Finding, Report},
+    services,
+};
+use crate::desired::{self, Service, port_ranges};
+
+/// A service: what clients connect to, and who serves them. The keys are those of `[[service]]` in the
+/// configuration file.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ServiceSpec {
+    /// Unique.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(
+        required = true,
+        nullable = false,
+        example = "shop",
+        pattern = "^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
+    )]
+    pub name: Option<String>,
+    /// The virtual address, IPv4 or IPv6.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(required = true, schema_with = address)]
+    pub vip: Option<String>,
+    /// Ports over tcp, udp or sctp, and ranges of them, as in `8000-8010/udp`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(required = true, schema_with = ports)]
+    pub ports: Option<Vec<String>>,
+    /// How packets get to the backends: `dsr` if left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mode: Option<Mode>,
+    /// The VXLAN network identifier of its backends. Required here or at each of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 0, maximum = 16777215, example = 100)]
+    pub vni: Option<i64>,
+    /// The UDP port of its backends' tunnels: 4789 if left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 65535)]
+    pub vxlan_port: Option<i64>,
+    /// The largest IP packet that its tunnels carry, in bytes: what the link leaves if left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 576, maximum = 9216)]
+    pub mtu: Option<i64>,
+    /// Whether the outer UDP checksum is computed: over IPv6 only if left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub udp_checksum: Option<bool>,
+    /// Who serves it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub backends: Vec<BackendSpec>,
+}
+
+/// A backend: one task of a service, behind a tunnel. The keys are those of `[[service.backend]]` in the
+/// configuration file.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BackendSpec {
+    /// Unique within the service, and the same on all nodes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(required = true, nullable = false, example = "shop-1")]
+    pub name: Option<String>,
+    /// The node it runs on: where the tunnel ends. IPv4 or IPv6.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(required = true, schema_with = address)]
+    pub vtep: Option<String>,
+    /// The MAC address of the vxlan device there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(
+        required = true,
+        nullable = false,
+        example = "02:42:0a:00:00:02",
+        pattern = "^[0-9A-Fa-f][02468ACEace](:[0-9A-Fa-f]{2}){5}$"
+    )]
+    pub mac: Option<String>,
+    /// Its share of new connections, compared with the others': 1 if left out; 0 drains it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 0, maximum = 1000)]
+    pub weight: Option<i64>,
+    /// Its VXLAN network identifier, if not the service's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 0, maximum = 16777215)]
+    pub vni: Option<i64>,
+    /// The UDP port of its tunnel, if not the service's `vxlan_port`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 65535)]
+    pub port: Option<i64>,
+    /// The largest IP packet that its tunnel carries, if not the service's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 576, maximum = 9216)]
+    pub mtu: Option<i64>,
+    /// Whether its outer UDP checksum is computed, if not as the service says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub udp_checksum: Option<bool>,
+    /// The port that the server listens on. Mode `dsr` can't translate: only the published one will do.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 65535, example = json!(null))]
+    pub target_port: Option<i64>,
+}
+
+/// An IPv4 or IPv6 address, in the document.
+fn address() -> Schema {
+    let family = |format: &str, example: &str| {
+        let text = ObjectBuilder::new().schema_type(Type::String);
+        text.format(Some(SchemaFormat::Custom(format.to_owned()))).examples([example])
+    };
+    let families = OneOfBuilder::new()
+        .item(family("ipv4", "203.0.113.20"))
+        .item(family("ipv6", "2001:db8::20"));
+    families.into()
+}
+
+/// Published ports, in the document.
+fn ports() -> Schema {
+    let number =
+        "([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])";
+    let pattern = format!("^{number}(-{number})?/(tcp|udp|sctp)$");
+    let port = ObjectBuilder::new().schema_type(Type::String).pattern(Some(pattern));
+    ArrayBuilder::new().items(port).min_items(Some(1)).examples([json!(["80/tcp"])]).into()
+}
+
+/// Something to say about one value.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Remark {
+    /// Which one: a JSON pointer, RFC 6901; empty for the whole.
+    #[schema(example = "/backends/0/vni")]
+    pub pointer: String,
+    /// What is wrong.
+    pub detail: String,
+    /// What would be right.
+    pub remedy: String,
+}
+
+impl ServiceSpec {
+    /// What it means, and what to warn of.
+    ///
+    /// # Errors
+    /// All that is wrong with it.
+    pub fn understand(&self, maglev: &Maglev) -> Result<(Service, Vec<Remark>), Vec<Remark>> {
+        let mut places = Places::default();
+        let written = places.service(self);
+        let mut report = Report::new("request", "");
+        let service = services::one(&written, maglev, &mut report);
+        if let Some(name) = written.get_ref().name.as_ref().filter(|name| !is_label(name.get_ref()))
+        {
+            let message = format!("`name` is `{}`", name.get_ref());
+            report.error(name.span(), message, LABEL);
+        }
+        let remarks = |findings: &[Finding]| findings.iter().map(|f| places.remark(f)).collect();
+        match report.finish() {
+            Ok(warnings) => {
+                let service = service.expect("what is missing or wrong has been reported");
+                let written = Some(Arc::new(self.clone()));
+                let service = Service { owner: desired::Owner::Api, written, ..service };
+                Ok((service, remarks(&warnings)))
+            }
+            Err(errors) => Err(remarks(errors.findings())),
+        }
+    }
+}
+
+/// What a name has to be that becomes a file's and a part of a path.
+const LABEL: &str =
+    "1 to 63 letters, digits, dashes, underscores and dots, a letter or digit first";
+
+fn is_label(name: &str) -> bool {
+    let inner = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    (1..=63).contains(&name.len())
+        && name.as_bytes()[0].is_ascii_alphanumeric()
+        && name.bytes().all(inner)
+}
+
+/// As it was written, or could have been: then what all backends share stands at the service.
+impl From<&Service> for ServiceSpec {
+    fn from(service: &Service) -> Self {
+        if let Some(written) = &service.written {
+            return (**written).clone();
+        }
+        let first = service.backends.first().map(|backend| backend.vni);
+        let common = first.filter(|vni| service.backends.iter().all(|b| b.vni == *vni));
+        let number = |vni: desired::Vni| i64::from(vni.get());
+        let backend = |backend: &desired::Backend| BackendSpec {
+            name: Some(backend.name.clone()),
+            vtep: Some(backend.vtep.to_string()),
+            mac: Some(backend.mac.to_string()),
+            weight: Some(backend.weight.into()),
+            vni: common.is_none().then(|| number(backend.vni)),
+            port: Some(backend.port.into()),
+            mtu: backend.mtu.map(i64::from),
+            udp_checksum: backend.udp_checksum,
+            target_port: None,
+        };
+        Self {
+            name: Some(service.name.clone()),
+            vip: Some(service.vip.to_string()),
+            ports: Some(port_ranges(&service.ports)),
+            mode: Some(Mode::Dsr),
+            vni: common.map(number),
+            vxlan_port: None,
+            mtu: None,
+            udp_checksum: None,
+            backends: service.backends.iter().map(backend).collect(),
+        }
+    }
+}
+
+/// Gives values places, as a text's parser does: the numbers of their JSON pointers.
+#[derive(Default)]
+struct Places(Vec<String>);
+
+impl Places {
+    fn place<T>(&mut self, pointer: String, value: T) -> Spanned<T> {
+        self.0.push(pointer);
+        Spanned::new(self.0.len() - 1..self.0.len(), value)
+    }
+
+    fn key<T: Clone>(&mut self, base: &str, key: &str, value: &Option<T>) -> Key<T> {
+        value.clone().map(|value| self.place(format!("{base}/{key}"), value))
+    }
+
+    fn service(&mut self, spec: &ServiceSpec) -> Spanned<file::Service> {
+        let ports = spec.ports.as_ref().map(|ports| {
+            let numbered = ports.iter().enumerate();
+            let each = numbered.map(|(i, port)| self.place(format!("/ports/{i}"), port.clone()));
+            let each = each.collect();
+            self.place("/ports".to_owned(), each)
+        });
+        let numbered = spec.backends.iter().enumerate();
+        let backends = numbered.map(|(i, backend)| self.backend(i, backend)).collect();
+        let service = file::Service {
+            name: self.key("", "name", &spec.name),
+            vip: self.key("", "vip", &spec.vip),
+            ports,
+            mode: self.key("", "mode", &spec.mode),
+            vni: self.key("", "vni", &spec.vni),
+            vxlan_port: self.key("", "vxlan_port", &spec.vxlan_port),
+            mtu: self.key("", "mtu", &spec.mtu),
+            udp_checksum: spec.udp_checksum,
+            backend: backends,
+        };
+        self.place(String::new(), service)
+    }
+
+    fn backend(&mut self, index: usize, spec: &BackendSpec) -> Spanned<file::Backend> {
+        let base = format!("/backends/{index}");
+        let backend = file::Backend {
+            name: self.key(&base, "name", &spec.name),
+            vtep: self.key(&base, "vtep", &spec.vtep),
+            mac: self.key(&base, "mac", &spec.mac),
+            weight: self.key(&base, "weight", &spec.weight),
+            vni: self.key(&base, "vni", &spec.vni),
+            port: self.key(&base, "port", &spec.port),
+            mtu: self.key(&base, "mtu", &spec.mtu),
+            udp_checksum: spec.udp_checksum,
+            target_port: self.key(&base, "target_port", &spec.target_port),
+        };
+        self.place(base, backend)
+    }
+
+    fn remark(&self, finding: &Finding) -> Remark {
+        Remark {
+            pointer: self.0.get(finding.place()).cloned().unwrap_or_default(),
+            detail: finding.to_string(),
+            remedy: finding.remedy().to_owned(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    fn spec(json: serde_json::Value) -> ServiceSpec {
+        serde_json::from_value(json).unwrap()
+    }
+
+    fn web() -> serde_json::Value {
+        serde_json::json!({
+            "name": "web", "vip": "203.0.113.10", "ports": ["80/tcp", "8000-8002/udp"], "vni": 100,
+            "backends": [
+                { "name": "web-1", "vtep": "10.0.0.2", "mac": "02:42:0a:00:00:02" },
+                { "name": "web-2", "vtep": "10.0.0.3", "mac": "02:42:0a:00:00:03", "weight": 0, "mtu": 1400 },
+            ],
+        })
+    }
+
+    fn understood(spec: &ServiceSpec) -> Service {
+        spec.understand(&Maglev::default()).unwrap().0
+    }
+
+    #[test]
+    fn json_and_toml_mean_the_same() {
+        let text = r#"
+            [[service]]
+            name = "web"
+            vip = "203.0.113.10"
+            ports = ["80/tcp", "8000-8002/udp"]
+            vni = 100
+            backend = [
+                { name = "web-1", vtep = "10.0.0.2", mac = "02:42:0a:00:00:02" },
+                { name = "web-2", vtep = "10.0.0.3", mac = "02:42:0a:00:00:03", weight = 0, mtu = 1400 },
+            ]
+        "#;
+        let (config, _) = Config::parse("w.toml", text).unwrap();
+        let file = &*config.desired.services[0];
+        let api = understood(&spec(web()));
+        assert_eq!(ServiceSpec::from(&api), spec(web()), "shown as it was written");
+        let meant = |service: Service| Service { written: None, ..service };
+        let api = meant(api);
+        assert_eq!(api, Service { owner: desired::Owner::Api, ..file.clone() });
+        // And what is shown of the file's means the same again.
+        assert_eq!(meant(understood(&ServiceSpec::from(file))), api);
+    }
+
+    #[test]
+    fn all_that_is_wrong_is_pointed_at_with_what_would_be_right() {
+        let mut bad = web();
+        bad["ports"][1] = "80".into();
+        bad["backends"][0]["weight"] = 70_000.into();
+        bad["backends"][1]["name"] = "web-1".into();
+        bad["backends"][1]["target_port"] = 8080.into();
+        bad["backends"][1].as_object_mut().unwrap().remove("mac");
+        let remarks = spec(bad).understand(&Maglev::default()).unwrap_err();
+        let pointers: Vec<&str> = remarks.iter().map(|r| r.pointer.as_str()).collect();
+        for pointer in [
+            "/ports/1",
+            "/backends/0/weight",
+            "/backends/1/name",
+            "/backends/1/target_port",
+            "/backends/1",
+        ] {
+            assert!(pointers.contains(&pointer), "no {pointer} in {remarks:#?}");
+        }
+        let weight = remarks.iter().find(|r| r.pointer == "/backends/0/weight").unwrap();
+        assert_eq!(weight.detail, "`weight` is 70000, out of its range");
+        assert_eq!(weight.remedy, "0 to 1000");
+    }
+
+    #[test]
+    fn a_name_is_fit_for_a_path() {
+        let remarks = |name: &str| {
+            let mut spec = spec(web());
+            spec.name = Some(name.to_owned());
+            spec.understand(&Maglev::default()).err().unwrap_or_default()
+        };
+        for good in ["web", "Web-1.example_2", &"x".repeat(63)] {
+            assert_eq!(remarks(good), [], "{good}");
+        }
+        for bad in ["../x", "a/b", ".web", "-web", "", "a b", &"x".repeat(64)] {
+            assert!(remarks(bad).iter().all(|remark| remark.pointer == "/name"), "{bad}");
+            assert!(!remarks(bad).is_empty(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_is_missing_is_named() {
+        let remarks = ServiceSpec::default().understand(&Maglev::default()).unwrap_err();
+        for key in ["name", "vip", "ports"] {
+            let missing = format!("the service has no `{key}`");
+            assert!(remarks.iter().any(|remark| remark.detail == missing), "{remarks:?}");
+        }
+    }
+}
