@@ -329,7 +329,8 @@ fn inner_sum(ip: &[u8], flow: &Flow) -> Sum {
 /// Completes the transport checksum, if its field holds just the pseudo header's sum: a sender on this
 /// machine left the rest to a network card that is not there. Returns whether it was so.
 ///
-/// One in 65,536 whole checksums looks alike; completing it gives the same value again.
+/// One in 65,536 whole checksums looks alike; completing it gives the same value again. A datagram shorter
+/// than its IP packet was never left to a card, and its own checksum covers less: it is left alone.
 #[inline]
 pub fn complete_checksum(packet: &mut [u8], flow: &Flow) -> bool {
     let field = match flow.protocol {
@@ -344,15 +345,18 @@ pub fn complete_checksum(packet: &mut [u8], flow: &Flow) -> bool {
         return false;
     }
     let end = usize::from(flow.ip_offset) + usize::from(flow.ip_len);
-    complete(&mut packet[l4..end], field, pseudo, flow.protocol);
-    true
+    complete(&mut packet[l4..end], field, pseudo, flow.protocol)
 }
 
 #[inline(never)]
-fn complete(l4: &mut [u8], field: usize, pseudo: Sum, protocol: u8) {
+fn complete(l4: &mut [u8], field: usize, pseudo: Sum, protocol: u8) -> bool {
+    if protocol == protocol::UDP && l4[4..6] != (l4.len() as u16).to_be_bytes() {
+        return false;
+    }
     put(l4, field, [0, 0]);
     let checksum = pseudo.add_bytes(l4).checksum();
     // Only UDP's zero means "none" (RFC 768); TCP sends it as it is.
     let checksum = if checksum == 0 && protocol == protocol::UDP { 0xffff } else { checksum };
     put(l4, field, checksum.to_be_bytes());
+    true
 }

@@ -6,7 +6,7 @@ use std::{cell::RefCell, collections::HashSet, panic::AssertUnwindSafe};
 use dataplane::{
     counters::{DropReason, Event},
     encap::{self, Template, Tunnel},
-    flow::{FlowKey, Kind},
+    flow::{Flow, FlowKey, Kind},
     parse,
     port::Frame,
 };
@@ -15,7 +15,7 @@ use proptest::prelude::*;
 
 use crate::{
     packets::{
-        self, ACK, Inner, L4, Packet, any_packet, decapsulate, icmp_error, octets6,
+        self, ACK, Inner, L4, Packet, any_packet, decapsulate, icmp_error, naive_sum, octets6,
         transport_checksum_is_right,
     },
     reference::{output, parse::Meaning},
@@ -43,6 +43,18 @@ fn world(spec: &BackendSpec) -> World {
         .web6(&[other])
         .service(&[vip(VIP4, SCTP, 80)], &[BackendSpec { slot: 3, ..spec.clone() }])
         .service(&[vip(VIP6, SCTP, 80)], &[BackendSpec { slot: 4, ..spec.clone() }.inner_v6()])
+}
+
+/// A datagram that ends so many bytes before its IP packet does.
+fn shorter_than_ip(packet: Packet, surplus: usize) -> (Vec<u8>, Flow) {
+    let packet = Packet { l4: L4::Udp { checksum: true }, padding: surplus, ..packet };
+    let mut bytes = packet.bytes();
+    let flow = parse::flow(&bytes).unwrap();
+    let at = usize::from(flow.ip_offset) + if flow.is_v6() { 4 } else { 2 };
+    let len = u16::from_be_bytes([bytes[at], bytes[at + 1]]) + surplus as u16;
+    bytes[at..at + 2].copy_from_slice(&len.to_be_bytes());
+    let flow = parse::flow(&bytes).unwrap();
+    (bytes, flow)
 }
 
 /// What the backend gets when this comes in.
@@ -73,16 +85,29 @@ proptest! {
         spec in any_tunnel(), packet in any_packet(), surplus in 1_usize..50,
     ) {
         // The checksum inside covers what the UDP length says (RFC 768), and no options behind it.
-        let packet = Packet { l4: L4::Udp { checksum: true }, padding: surplus, ..packet };
-        let mut bytes = packet.bytes();
-        let flow = parse::flow(&bytes).unwrap();
-        let at = usize::from(flow.ip_offset) + if flow.is_v6() { 4 } else { 2 };
-        let len = u16::from_be_bytes([bytes[at], bytes[at + 1]]) + surplus as u16;
-        bytes[at..at + 2].copy_from_slice(&len.to_be_bytes());
-
+        let (bytes, flow) = shorter_than_ip(packet, surplus);
         let mut rig = Rig::new(&world(&spec));
         let inner = through(&mut rig, &spec, &bytes);
         prop_assert_eq!(inner.ip_packet, &bytes[flow.ip_offset.into()..]);
+    }
+
+    #[test]
+    fn udp_that_is_shorter_than_its_ip_packet_never_passes_for_partial(
+        spec in any_tunnel(), packet in any_packet(), surplus in 1_usize..50,
+    ) {
+        let (mut bytes, flow) = shorter_than_ip(packet, surplus);
+        let ip = usize::from(flow.ip_offset);
+        let (l4, end) = (usize::from(flow.l4_offset), ip + usize::from(flow.ip_len));
+        let meaning = Meaning::from(flow);
+        let like_partial = naive_sum(&output::pseudo_of(&meaning, &bytes[l4..end]));
+        bytes[l4 + 6..l4 + 8].copy_from_slice(&like_partial.to_be_bytes());
+
+        let mut world = world(&spec);
+        world.links[0].partial_checksums = true;
+        let mut rig = Rig::new(&world);
+        let inner = through(&mut rig, &spec, &bytes);
+        prop_assert_eq!(inner.ip_packet, &bytes[ip..]);
+        prop_assert_eq!(rig.event(Event::ChecksumsCompleted), 0);
     }
 
     #[test]

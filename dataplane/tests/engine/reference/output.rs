@@ -89,7 +89,7 @@ fn checksum_at(packet: &Meaning) -> Option<usize> {
 }
 
 /// The pseudo header of the packet's transport.
-fn pseudo_of(packet: &Meaning, l4: &[u8]) -> Vec<u8> {
+pub fn pseudo_of(packet: &Meaning, l4: &[u8]) -> Vec<u8> {
     let (src, dst) = addresses(packet);
     pseudo_header(src, dst, packet.protocol, l4.len())
 }
@@ -115,7 +115,9 @@ pub fn completed(packet: &Meaning, ip: &[u8]) -> Option<Vec<u8>> {
     let l4 = &ip[packet.l4_offset - packet.ip.start..];
     let pseudo = pseudo_of(packet, l4);
     let is_partial = l4[field..field + 2] == naive_sum(&pseudo).to_be_bytes();
-    is_partial.then(|| with_checksum(packet, ip, field))
+    // Nobody leaves a datagram to the card that is shorter than its IP packet: the sums cover less.
+    let is_whole = packet.protocol != 17 || l4[4..6] == (l4.len() as u16).to_be_bytes();
+    (is_partial && is_whole).then(|| with_checksum(packet, ip, field))
 }
 
 /// The IP packet as it would be if its transport checksum were right, where the headers alone tell what
