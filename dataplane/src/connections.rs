@@ -305,6 +305,18 @@ impl Bucket {
         }
     }
 
+    /// The least exclusive or of this entry and any of the bucket's, from which that one can be had again.
+    /// Free of branches, too.
+    #[inline(always)]
+    fn least_difference(&self, wanted: u64) -> u64 {
+        let different = |lane| self.entry(lane) ^ wanted;
+        let least = |a: u64, b: u64| a.min(b);
+        least(
+            least(least(different(0), different(1)), least(different(2), different(3))),
+            least(least(different(4), different(5)), least(different(6), different(7))),
+        )
+    }
+
     /// Bit i is set if entry i has this tag.
     #[inline]
     fn matching(&self, tag: u64) -> u32 {
@@ -358,8 +370,7 @@ impl Settled {
 /// Where a lookup found an entry, what it was, and how old.
 #[derive(Clone, Copy, Debug)]
 pub struct Place {
-    /// Eight times the bucket, plus the lane.
-    at: usize,
+    bucket: usize,
     entry: u64,
     age: u64,
 }
@@ -492,13 +503,8 @@ impl Connections {
         let age = if flow.protocol == protocol::UDP { settled.datagrams } else { settled.stream };
         let wanted = hash & TAG_MASK | age;
         // Of the entry that is wanted, the slot is all that differs.
-        let different = |lane| bucket.entry(lane) ^ wanted;
-        let least = |a: u64, b: u64| a.min(b);
-        let least = least(
-            least(least(different(0), different(1)), least(different(2), different(3))),
-            least(least(different(4), different(5)), least(different(6), different(7))),
-        );
-        (least < 1 << TIME_SHIFT).then(|| slot_of(least))
+        let difference = bucket.least_difference(wanted);
+        (difference < 1 << TIME_SHIFT).then(|| slot_of(difference))
     }
 
     /// Looks a connection up by its flow's hash. `judge` says whether a slot's backend serves the packet's
@@ -510,7 +516,7 @@ impl Connections {
 
     /// Notes a packet of a connection just found, at the same time, the table unchanged since.
     pub fn touch(&mut self, place: Place, traffic: Traffic, now: Tick) {
-        let Place { at, entry, age } = place;
+        let Place { entry, age, .. } = place;
         let state = State::of(entry).after(traffic, age);
         let touched = if state.keeps_time() {
             entry & !STATE_MASK | (state as u64) << STATE_SHIFT
@@ -519,7 +525,15 @@ impl Connections {
         };
         // Often nothing changes: no store, and the line stays clean.
         if touched != entry {
-            self.reader.buckets[at / LANES].0[at % LANES].store(touched, Ordering::Relaxed);
+            self.replace(place, touched);
+        }
+    }
+
+    /// Overwrites the entry that was found there.
+    fn replace(&mut self, place: Place, entry: u64) {
+        let bucket = &self.reader.buckets[place.bucket];
+        if let Some(lane) = (0..LANES).find(|&lane| bucket.entry(lane) == place.entry) {
+            bucket.0[lane].store(entry, Ordering::Relaxed);
         }
     }
 
@@ -529,7 +543,7 @@ impl Connections {
     pub fn remember(&mut self, hash: u64, slot: Slot, traffic: Traffic, now: Tick) -> Remembered {
         if let Found::Live((), place) = self.find(hash, now, |_| Verdict::Serves(())) {
             let entry = entry_of(hash, slot, traffic, now) | place.entry & (MARK | AWAY);
-            self.reader.buckets[place.at / LANES].set(place.at % LANES, entry);
+            self.replace(place, entry);
             return Remembered::Renewed;
         }
         self.remember_new(hash, slot, traffic, now)
@@ -735,15 +749,29 @@ impl Reader {
 
     #[inline]
     fn search<T>(&self, hash: u64, now: Tick, judge: impl Fn(Slot) -> Verdict<T>) -> Found<T> {
-        let home = &self.buckets[self.first(hash)];
-        let lanes = home.matching(hash >> TAG_SHIFT);
-        if lanes == 0 && home.mark() == 0 {
+        let bucket = self.first(hash);
+        let home = &self.buckets[bucket];
+        let tag = hash & TAG_MASK;
+        let difference = home.least_difference(tag);
+        let lanes = if difference < 1 << TAG_SHIFT {
+            // Nearly always the flow's: it is not even to be known in which lane it is.
+            let entry = tag | difference;
+            let place = Place { bucket, entry, age: age(entry, now) };
+            if self.is_alive(place)
+                && let Verdict::Serves(backend) = judge(slot_of(entry))
+            {
+                return Found::Live(backend, place);
+            }
+            home.matching(hash >> TAG_SHIFT)
+        } else if home.mark() == 0 {
             return Found::Nothing;
-        }
+        } else {
+            0
+        };
         self.search_on(lanes, hash, now, judge)
     }
 
-    /// Apart, so that misses have the registers to themselves.
+    /// Apart, so that what is found at once has the registers to itself.
     #[inline(never)]
     fn search_on<T>(
         &self,
@@ -776,11 +804,15 @@ impl Reader {
     #[inline]
     fn live(&self, bucket: usize, lane: usize, hash: u64, now: Tick) -> Option<Place> {
         let entry = self.buckets[bucket].entry(lane);
-        let age = age(entry, now);
+        let place = Place { bucket, entry, age: age(entry, now) };
         // Another worker may have given the lane of its table to another flow since it was matched.
         let taken = entry >> TAG_SHIFT != hash >> TAG_SHIFT;
-        let alive = !taken && age < self.lifetimes.0[state_bits(entry)];
-        alive.then_some(Place { at: bucket * LANES + lane, entry, age })
+        (!taken && self.is_alive(place)).then_some(place)
+    }
+
+    #[inline]
+    fn is_alive(&self, place: Place) -> bool {
+        place.age < self.lifetimes.0[state_bits(place.entry)]
     }
 
     /// Calls `each` with the backend slot of every connection that has not ended, unconfirmed ones included.
@@ -1258,7 +1290,7 @@ mod tests {
                 let hash = flows[random() as usize % flows.len()];
                 match (random() % 8, connections.find(hash, now, Verdict::Serves)) {
                     (0, Found::Live(_, place)) => {
-                        connections.reader.buckets[place.at / LANES].set(place.at % LANES, 0);
+                        connections.replace(place, place.entry & MARK);
                     }
                     (1, _) => {
                         now = now + random() % 4_000;

@@ -186,14 +186,13 @@ impl Forwarding {
         self.backends.get(slot as usize)?.as_ref().map(|placed| &placed.backend)
     }
 
-    /// The backend in this slot, and whether its service answers on this VIP.
+    /// The backend in this slot, and whether this is its service's first VIP: of any other it is to be asked
+    /// whose it is.
     #[inline(always)]
     pub fn backend_for(&self, slot: Slot, vip: Vip) -> Option<(&Backend, bool)> {
         let placed = self.backends.get(slot as usize)?.as_ref()?;
-        let backend = &placed.backend;
-        let serves = placed.address == vip.address && placed.ports == vip.ports()
-            || self.service_at(vip.address, vip.protocol, vip.port) == Some(backend.service);
-        Some((backend, serves))
+        let is_first_vip = placed.address == vip.address && placed.ports == vip.ports();
+        Some((&placed.backend, is_first_vip))
     }
 
     /// The interface with this index.

@@ -5,7 +5,7 @@
 use crate::{
     connections::{Connections, Found, Reader, Remembered, Settled, Traffic, Verdict},
     counters::{Counters, DropReason, Event},
-    flow::{Flow, Kind},
+    flow::{Address, Flow, Kind},
     forwarding::{Backend, Forwarding, Slot, Vip},
     time::Tick,
 };
@@ -46,22 +46,42 @@ pub struct Context<'a> {
     /// Now.
     now: Tick,
     settled: Settled,
+    /// What was last asked of the table of VIPs: most packets of a burst that have to ask are for one, above
+    /// all in a flood.
+    asked: (Vip, Option<u32>),
 }
 
 impl<'a> Context<'a> {
-    /// What packets that come now are selected with.
+    /// What packets that come now are selected with, all by the same snapshot.
     pub fn new(
         connections: &'a mut Connections,
         peers: &'a [Reader],
         counters: &'a Counters,
         now: Tick,
     ) -> Self {
-        Self { connections, peers, counters, now, settled: Settled::at(now) }
+        let asked = (Vip { address: Address::default(), protocol: 0, port: 0 }, None);
+        Self { connections, peers, counters, now, settled: Settled::at(now), asked }
     }
 
     /// When this is.
     pub fn now(&self) -> Tick {
         self.now
+    }
+
+    /// The service that answers on this VIP, as an index.
+    #[inline(always)]
+    fn service_at(&mut self, forwarding: &Forwarding, vip: Vip) -> Option<u32> {
+        if self.asked.0 != vip {
+            self.asked = (vip, forwarding.service_at(vip.address, vip.protocol, vip.port));
+        }
+        self.asked.1
+    }
+
+    /// Whether this service answers on the flow's VIP. Apart, so that those who need not ask have the registers to
+    /// themselves.
+    #[inline(never)]
+    fn is_served_by(&mut self, service: u32, forwarding: &Forwarding, flow: &Flow) -> bool {
+        self.service_at(forwarding, vip(flow)) == Some(service)
     }
 }
 
@@ -78,7 +98,8 @@ pub fn select<'a>(
 ) -> Result<Selected<'a>, DropReason> {
     if flow.kind != Kind::IcmpError
         && let Some(slot) = context.connections.settled(hash, flow, &context.settled)
-        && let Some((backend, true)) = forwarding.backend_for(slot, vip(flow))
+        && let Some((backend, is_first_vip)) = forwarding.backend_for(slot, vip(flow))
+        && (is_first_vip || context.is_served_by(backend.service, forwarding, flow))
         && backend.reachable
     {
         context.counters.count(Event::ConnectionHits, 1);
@@ -96,17 +117,17 @@ fn select_unsettled<'a>(
     context: &mut Context<'_>,
 ) -> Result<Selected<'a>, DropReason> {
     let traffic = Traffic::of(flow);
-    let vip = vip(flow);
-    let judge = move |slot: Slot| match forwarding.backend_for(slot, vip) {
+    let service = context.service_at(forwarding, vip(flow));
+    let judge = move |slot: Slot| match forwarding.backend(slot) {
+        None => Verdict::Gone,
+        Some(backend) if Some(backend.service) != service => Verdict::Stranger,
         // TCP waits for a backend's return and retransmits; datagrams would be lost for as long as they
         // come. Maglev has no unreachable backend unless all are.
-        Some((backend, _)) if !backend.reachable && traffic == Traffic::Datagram => Verdict::Gone,
-        Some((backend, true)) => Verdict::Serves((slot, backend)),
-        Some((_, false)) => Verdict::Stranger,
-        None => Verdict::Gone,
+        Some(backend) if !backend.reachable && traffic == Traffic::Datagram => Verdict::Gone,
+        Some(backend) => Verdict::Serves((slot, backend)),
     };
     if flow.kind == Kind::IcmpError {
-        return select_for_error(hash, flow, forwarding, context, judge);
+        return select_for_error(hash, flow, (forwarding, service), context, judge);
     }
 
     // A new connection gets a new decision, whatever its addresses and ports meant before.
@@ -123,7 +144,8 @@ fn select_unsettled<'a>(
             Found::Nothing => is_new = true,
         }
     }
-    let (slot, backend) = pick(flow, forwarding, DropReason::NoService)?;
+    let service = service.ok_or(DropReason::NoService)?;
+    let (slot, backend) = pick(flow, forwarding, service)?;
     context.counters.count(Event::ConnectionMisses, 1);
     let remembered = if is_new {
         context.connections.remember_new(hash, slot, traffic, context.now)
@@ -159,7 +181,7 @@ fn vip(flow: &Flow) -> Vip {
 fn select_for_error<'a>(
     hash: u64,
     flow: &Flow,
-    forwarding: &'a Forwarding,
+    (forwarding, service): (&'a Forwarding, Option<u32>),
     context: &Context<'_>,
     judge: impl Fn(Slot) -> Verdict<(Slot, &'a Backend)> + Copy,
 ) -> Result<Selected<'a>, DropReason> {
@@ -170,20 +192,18 @@ fn select_for_error<'a>(
     if let Some((slot, backend)) = elsewhere {
         return Ok(Selected { slot, backend, how: How::RememberedElsewhere });
     }
-    let (slot, backend) = pick(flow, forwarding, DropReason::IcmpUnmatched)?;
+    let service = service.ok_or(DropReason::IcmpUnmatched)?;
+    let (slot, backend) = pick(flow, forwarding, service)?;
     Ok(Selected { slot, backend, how: How::Maglev })
 }
 
-/// Asks Maglev, which answers alike on every worker and node (I5). `missing` is the error if there is no such
-/// service.
-#[inline]
+/// Asks the service's Maglev table, which answers alike on every worker and node (I5).
+#[inline(always)]
 fn pick<'a>(
     flow: &Flow,
     forwarding: &'a Forwarding,
-    missing: DropReason,
+    service: u32,
 ) -> Result<(Slot, &'a Backend), DropReason> {
-    let Vip { address, protocol, port } = vip(flow);
-    let service = forwarding.service_at(address, protocol, port).ok_or(missing)?;
     let hash = flow.key.hash(forwarding.maglev_key());
     let slot = forwarding.service(service).and_then(|service| service.maglev.pick(hash));
     let slot = slot.ok_or(DropReason::NoBackend)?;
