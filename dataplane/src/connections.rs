@@ -492,6 +492,14 @@ impl Connections {
         prefetch(&self.reader.buckets[self.reader.first(hash)]);
     }
 
+    /// The same for a flow's second bucket, if its first says that it would be read.
+    #[inline]
+    pub fn prefetch_second(&self, hash: u64) {
+        if self.reader.buckets[self.reader.first(hash)].mark() != 0 {
+            prefetch(&self.reader.buckets[self.reader.second(hash)]);
+        }
+    }
+
     /// The slot of a connection in which a packet changes nothing: most packets'. `None` says nothing.
     #[inline(always)]
     pub fn settled(&self, hash: u64, flow: &Flow, settled: &Settled) -> Option<Slot> {

@@ -89,13 +89,27 @@ impl<'a> Context<'a> {
 ///
 /// # Errors
 /// If there is no such service, or it has no backend that can take the packet.
-#[inline(always)]
 pub fn select<'a>(
     flow: &Flow,
     hash: u64,
     forwarding: &'a Forwarding,
     context: &mut Context<'_>,
 ) -> Result<Selected<'a>, DropReason> {
+    match settled(flow, hash, forwarding, context) {
+        Some(selected) => Ok(selected),
+        None => unsettled(flow, hash, forwarding, context),
+    }
+}
+
+/// The first half of [`select`]: what nearly every packet is, one of a connection in which it changes nothing.
+/// `None` says nothing.
+#[inline(always)]
+pub fn settled<'a>(
+    flow: &Flow,
+    hash: u64,
+    forwarding: &'a Forwarding,
+    context: &mut Context<'_>,
+) -> Option<Selected<'a>> {
     if flow.kind != Kind::IcmpError
         && let Some(slot) = context.connections.settled(hash, flow, &context.settled)
         && let Some((backend, is_first_vip)) = forwarding.backend_for(slot, vip(flow))
@@ -103,14 +117,18 @@ pub fn select<'a>(
         && backend.reachable
     {
         context.counters.count(Event::ConnectionHits, 1);
-        return Ok(Selected { slot, backend, how: How::Remembered });
+        return Some(Selected { slot, backend, how: How::Remembered });
     }
-    select_unsettled(flow, hash, forwarding, context)
+    None
 }
 
-/// The rest, apart, so that settled connections' packets have the registers to themselves.
+/// The other half, right for any packet. Apart, so that settled connections' packets have the registers to
+/// themselves.
+///
+/// # Errors
+/// As [`select`].
 #[inline(never)]
-fn select_unsettled<'a>(
+pub fn unsettled<'a>(
     flow: &Flow,
     hash: u64,
     forwarding: &'a Forwarding,

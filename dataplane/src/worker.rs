@@ -284,12 +284,40 @@ impl<'a> Burst<'a> {
     }
 
     /// Meaning → backend.
+    ///
+    /// What takes the long way waits until the others are through: by then the second bucket that it may have
+    /// to read has come. In a flood that is most packets.
     #[inline(never)]
     fn select(&mut self, packets: &mut [Packet]) {
-        for packet in packets {
+        // A flow's packets stay in order: once one waits, so do all of its sixty-fourth.
+        let mut waiting = 0_u64;
+        for packet in &mut *packets {
             let Packet { flow, hash, next } = packet;
             if *next == Next::Select {
-                match select::select(flow, *hash, self.forwarding, &mut self.context) {
+                let sixty_fourth = 1 << (*hash % 64);
+                if waiting & sixty_fourth == 0
+                    && let Some(selected) =
+                        select::settled(flow, *hash, self.forwarding, &mut self.context)
+                {
+                    selected.backend.template.prefetch();
+                    *next = Next::Tunnel(selected.slot);
+                } else {
+                    waiting |= sixty_fourth;
+                    self.context.connections.prefetch_second(*hash);
+                }
+            }
+        }
+        if waiting != 0 {
+            self.select_unsettled(packets);
+        }
+    }
+
+    /// The rest of [`Self::select`].
+    #[inline(never)]
+    fn select_unsettled(&mut self, packets: &mut [Packet]) {
+        for Packet { flow, hash, next } in packets {
+            if *next == Next::Select {
+                match select::unsettled(flow, *hash, self.forwarding, &mut self.context) {
                     Ok(selected) => {
                         selected.backend.template.prefetch();
                         *next = Next::Tunnel(selected.slot);

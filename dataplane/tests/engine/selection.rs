@@ -128,6 +128,24 @@ fn a_removed_backends_connection_is_given_another_at_once_and_keeps_it() {
 }
 
 #[test]
+fn a_flows_packets_are_taken_in_order_also_within_a_burst() {
+    // Confirmed and in its present unit of time: the ACKs would go a shorter way than the SYN.
+    let port = client_of(&two(), 1);
+    let mut rig = Rig::new(&two());
+    connect(&mut rig, port);
+    rig.publish(&drained());
+    let burst = [ack(port), packets::v4(port, SYN).bytes(), ack(port)];
+    for packet in &burst {
+        assert!(rig.deliver(0, packet));
+    }
+    rig.counted();
+    assert_eq!(rig.turn(), burst.len());
+    let counted = rig.counted();
+    let by = |slot| counted.get(&format!("backend {slot}")).copied();
+    assert_eq!([by(1), by(2)], [Some(1), Some(2)], "all that follows the SYN goes its way");
+}
+
+#[test]
 fn a_slot_that_now_serves_another_service_is_no_backend_of_this_one() {
     let port = client_of(&two(), 1);
     let mut rig = Rig::new(&two());
