@@ -84,7 +84,8 @@ fn start_capture(lab: &Lab, host: &str, file: &Path, filter: &str) -> Background
 }
 
 /// What tshark prints about a capture. Every checksum is verified, but TCP's sequence is not: the
-/// capture has one direction only.
+/// capture has one direction only. What streams carry is not read, for they would be put together for it, and
+/// what was sent twice on a busy machine would be "overlapping".
 fn tshark(file: &Path, options: &[&str]) -> String {
     let preferences = [
         "ip.check_checksum:TRUE",
@@ -96,7 +97,8 @@ fn tshark(file: &Path, options: &[&str]) -> String {
     let mut command = bounded("tshark");
     // By its number the echo port is multicast DNS, which our payload is not.
     let echo = format!("udp.port=={ECHO_PORT},data");
-    command.arg("-n").arg("-r").arg(file).args(["-d", &echo]).args(preferences).args(options);
+    command.arg("-n").arg("-r").arg(file).args(["-d", &echo, "-d", "tcp.port==0-65535,data"]);
+    command.args(preferences).args(options);
     let output = command.output().unwrap();
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{errors}");
