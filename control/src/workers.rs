@@ -5,7 +5,7 @@ mod watchdog;
 
 use std::{
     error::Error,
-    fmt, io,
+    fmt, io, mem,
     num::NonZeroU32,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -485,18 +485,28 @@ fn others(readers: &[Reader], own: usize) -> Vec<Reader> {
 
 /// What time it is for workers that were started then.
 pub fn tick(start: Instant) -> Tick {
-    Tick(start.elapsed().as_millis() as u64)
+    tick_at(start, Instant::now())
 }
 
-/// A worker's life: turn, and when there is nothing to do for `spin`, sleep.
+fn tick_at(start: Instant, now: Instant) -> Tick {
+    Tick((now - start).as_millis() as u64)
+}
+
+/// A worker's life: turn, and when there is nothing to do for `spin`, sleep. The clock is read once a turn.
 fn run(mut worker: Worker<XskPort>, spin: Duration, start: Instant, stop: &AtomicBool) {
     worker.prepare();
-    let mut rest = Rest::new(spin, Instant::now());
+    let mut now = Instant::now();
+    let mut rest = Rest::new(spin, now);
     while !stop.load(Ordering::Relaxed) {
-        let received = worker.turn(tick(start));
-        if let Some(timeout_ms) = rest.after(received, || worker.in_flight(), Instant::now()) {
+        let received = worker.turn(tick_at(start, now));
+        let before = mem::replace(&mut now, Instant::now());
+        if received > 0 {
+            worker.took(now - before);
+        }
+        if let Some(timeout_ms) = rest.after(received, || worker.in_flight(), now) {
             // A poll that fails (no memory) makes the worker spin, which is right.
             let _ = xsk::wait(worker.ports(), timeout_ms);
+            now = Instant::now();
         }
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! Every drop has a [`DropReason`]; its name, metric label and sentence are declared here, once.
 
+use std::time::Duration;
+
 use crossbeam::utils::CachePadded;
 
 use crate::sync::{AtomicU64, Ordering};
@@ -106,6 +108,10 @@ labelled! {
     }
 }
 
+/// In how many classes turns with packets are counted by their time: class i is for those of less than 2^i
+/// microseconds, the last for all longer ones.
+pub const TURN_TIMES: usize = 20;
+
 /// What one backend got from one worker.
 #[derive(Debug, Default)]
 struct Forwarded {
@@ -119,6 +125,8 @@ pub struct Counters {
     drops: CachePadded<[AtomicU64; DropReason::ALL.len()]>,
     events: CachePadded<[AtomicU64; Event::ALL.len()]>,
     turns: CachePadded<AtomicU64>,
+    turn_times: CachePadded<[AtomicU64; TURN_TIMES]>,
+    turn_ns: AtomicU64,
     backends: Box<[Forwarded]>,
 }
 
@@ -135,6 +143,8 @@ impl Counters {
             drops: CachePadded::new(std::array::from_fn(|_| AtomicU64::new(0))),
             events: CachePadded::new(std::array::from_fn(|_| AtomicU64::new(0))),
             turns: CachePadded::new(AtomicU64::new(0)),
+            turn_times: CachePadded::new(std::array::from_fn(|_| AtomicU64::new(0))),
+            turn_ns: AtomicU64::new(0),
             backends: (0..backends).map(|_| Forwarded::default()).collect(),
         }
     }
@@ -165,6 +175,21 @@ impl Counters {
     #[inline]
     pub fn turned(&self) {
         add(&self.turns, 1);
+    }
+
+    /// Notes how long a turn took that had packets. For the owning worker only.
+    #[inline]
+    pub fn took(&self, time: Duration) {
+        let ns = time.as_nanos() as u64;
+        let class = (u64::BITS - (ns / 1000).leading_zeros()) as usize;
+        add(&self.turn_times[class.min(TURN_TIMES - 1)], 1);
+        add(&self.turn_ns, ns);
+    }
+
+    /// Turns that had packets, by [`TURN_TIMES`], and the time of all in nanoseconds.
+    pub fn turn_times(&self) -> ([u64; TURN_TIMES], u64) {
+        let count = |class: usize| self.turn_times[class].load(Ordering::Relaxed);
+        (std::array::from_fn(count), self.turn_ns.load(Ordering::Relaxed))
     }
 
     /// Drops for this reason.
@@ -202,6 +227,18 @@ mod tests {
         for reason in DropReason::ALL {
             assert!(reason.sentence().ends_with('.'), "{}", reason.sentence());
         }
+    }
+
+    #[test]
+    fn a_turns_time_is_counted_below_the_next_power_of_two_of_microseconds() {
+        let counters = Counters::new(0);
+        for ns in [999, 1_000, 1_999, 2_000, 3_999, 1 << 50] {
+            counters.took(Duration::from_nanos(ns));
+        }
+        let (classes, ns) = counters.turn_times();
+        assert_eq!(classes[..4], [1, 2, 2, 0]);
+        assert_eq!((classes[TURN_TIMES - 1], classes.iter().sum()), (1, 6));
+        assert_eq!(ns, 9_997 + (1 << 50));
     }
 
     #[test]

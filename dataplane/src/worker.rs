@@ -4,7 +4,7 @@
 //! Nothing here blocks, allocates, logs or fails (I7). Every frame leaves by exactly one door: an outbound
 //! burst, or the pool with a counted reason (I1).
 
-use std::mem;
+use std::{mem, time::Duration};
 
 use crate::{
     connections::{Connections, Reader},
@@ -170,6 +170,12 @@ impl<P: Port> Worker<P> {
             self.counters.count(Event::TxPackets, packets);
             self.counters.count(Event::TxBytes, bytes);
         }
+    }
+
+    /// Notes how long a turn took that had packets.
+    #[inline]
+    pub fn took(&self, time: Duration) {
+        self.counters.took(time);
     }
 
     /// Frames handed over for transmission that have not come back: no reason to sleep while there are.

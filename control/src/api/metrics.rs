@@ -5,10 +5,10 @@
 
 use std::collections::BTreeMap;
 
-use dataplane::counters::{DropReason, Event};
+use dataplane::counters::{DropReason, Event, TURN_TIMES};
 use prometheus::{
     TextEncoder,
-    proto::{Counter, Gauge, LabelPair, Metric, MetricFamily, MetricType},
+    proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType},
 };
 
 use crate::{
@@ -38,6 +38,7 @@ type Label<'a> = (&'static str, &'a str);
 enum Kind {
     Counter,
     Gauge,
+    Histogram,
 }
 
 struct Families(Vec<MetricFamily>);
@@ -54,6 +55,7 @@ impl Families {
         family.set_field_type(match kind {
             Kind::Counter => MetricType::COUNTER,
             Kind::Gauge => MetricType::GAUGE,
+            Kind::Histogram => MetricType::HISTOGRAM,
         });
         family.set_metric(samples);
         self.0.push(family);
@@ -68,15 +70,20 @@ impl Families {
     }
 }
 
-/// One number. It is a counter's and a gauge's; the family says which.
-fn sample(labels: &[Label<'_>], value: u64) -> Metric {
+/// What is only known by its labels so far.
+fn labelled(labels: &[Label<'_>]) -> Metric {
     let pair = |(name, value): &Label<'_>| {
         let mut pair = LabelPair::default();
         pair.set_name((*name).to_owned());
         pair.set_value((*value).to_owned());
         pair
     };
-    let mut metric = Metric::from_label(labels.iter().map(pair).collect());
+    Metric::from_label(labels.iter().map(pair).collect())
+}
+
+/// One number. It is a counter's and a gauge's; the family says which.
+fn sample(labels: &[Label<'_>], value: u64) -> Metric {
+    let mut metric = labelled(labels);
     let (mut counter, mut gauge) = (Counter::default(), Gauge::default());
     counter.set_value(value as f64);
     gauge.set_value(value as f64);
@@ -206,6 +213,14 @@ fn workers(observed: &Observed, census: &Census, all: &mut Families) {
     all.counter("dropped_packets_total", help, drops.collect());
     let turns = each(&|worker| worker.counters.turns());
     all.counter("worker_turns_total", "Turns of a worker: bursts, empty ones included.", turns);
+    let times = workers().map(|(id, worker)| {
+        let mut metric = labelled(&[("worker", &id)]);
+        metric.set_histogram(histogram(worker.counters.turn_times()));
+        metric
+    });
+    let help =
+        "Time of a worker's turns that had packets: from its look at the rings until all are sent.";
+    all.add((Kind::Histogram, "worker_burst_seconds", help), times.collect());
     let hung = each(&|worker| worker.hung().into());
     all.gauge("worker_hung", "Whether a worker hangs: the kernel gets its packets.", hung);
     let counts = workers().zip(&census.by_worker);
@@ -214,6 +229,23 @@ fn workers(observed: &Observed, census: &Census, all: &mut Families) {
     all.gauge("connection_table_entries", help, remembered.collect());
     let room = each(&|_| observed.capacity.into());
     all.gauge("connection_table_capacity", "Places in a worker's connection table.", room);
+}
+
+/// Of counts by class, and the sum in nanoseconds. The last class has no bound.
+fn histogram((classes, ns): ([u64; TURN_TIMES], u64)) -> Histogram {
+    let mut histogram = Histogram::default();
+    let mut so_far = 0;
+    let bounded = classes[..TURN_TIMES - 1].iter().enumerate().map(|(class, count)| {
+        so_far += count;
+        let mut bucket = Bucket::default();
+        bucket.set_upper_bound((1_u64 << class) as f64 / 1e6);
+        bucket.set_cumulative_count(so_far);
+        bucket
+    });
+    histogram.set_bucket(bounded.collect());
+    histogram.set_sample_count(classes.iter().sum());
+    histogram.set_sample_sum(ns as f64 / 1e9);
+    histogram
 }
 
 fn queues(observed: &Observed, all: &mut Families) {

@@ -222,6 +222,9 @@ fn prometheus_finds_nothing_wrong_with_the_metrics() {
     let packets = value("wiremesh_backend_packets_total{service=\"web\",backend=\"b1\"}");
     assert!(packets <= backend["packets"].as_u64().unwrap(), "told later");
     assert!(packets >= 20 && value("wiremesh_rx_packets_total{worker=\"0\"}") >= packets);
+    let bursts = value("wiremesh_worker_burst_seconds_count{worker=\"0\"}");
+    assert!((1..=value("wiremesh_rx_packets_total{worker=\"0\"}")).contains(&bursts));
+    assert_eq!(value("wiremesh_worker_burst_seconds_bucket{worker=\"0\",le=\"+Inf\"}"), bursts);
     let place = "interface=\"eth0\",queue=\"0\",worker=\"0\"";
     assert_eq!(
         value(&format!("wiremesh_queue_lost_packets_total{{{place},reason=\"rx_ring_full\"}}")),
