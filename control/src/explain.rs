@@ -12,6 +12,7 @@ use dataplane::{
     counters::{Counters, DropReason},
     flow::{Flow, FlowKey, HashKey, Kind, protocol, tcp_flags},
     forwarding::Forwarding,
+    schedule::Scheduler,
     select::{self, Context},
     time::Tick,
 };
@@ -220,8 +221,10 @@ fn explained(
     let scratch = SCRATCH.get().expect("set above");
     let mut connections = scratch.lock().unwrap_or_else(PoisonError::into_inner);
     let counters = Counters::new(0);
-    let mut context = Context::new(&mut connections, &[], &counters, Tick(0));
-    let hash = flow.key.hash(&HashKey::random());
+    let key = HashKey::random();
+    let mut scheduler = Scheduler::new(0, 0, Vec::new(), key);
+    let mut context = Context::new(&mut connections, &mut scheduler, &counters, Tick(0));
+    let hash = flow.key.hash(&key);
     let dropped = |reason: DropReason, why| {
         let (reason, sentence) = (reason.label().to_owned(), reason.sentence().to_owned());
         Ok(Explanation::Dropped { reason, sentence, why })

@@ -14,6 +14,7 @@ use dataplane::{
     flow::{Address, HashKey},
     forwarding::{self, Common, Forwarding, ForwardingError, Link, Slot, Vip},
     maglev::{Candidate, Maglev, Size},
+    schedule::Schedule,
     time::Tick,
     wire::ethernet::MacAddr,
 };
@@ -178,7 +179,8 @@ impl Planner {
                 placements.push(Placement { slot, unreachable });
             }
             let built = self.maglev(service, &placements[first..]);
-            services.push(forwarding::Service { vips: vips(service), maglev: built.1.clone() });
+            let (maglev, schedule) = (built.1.clone(), Schedule::Maglev);
+            services.push(forwarding::Service { vips: vips(service), maglev, schedule });
             maglevs.insert(service.name.clone(), built);
         }
         let common = Common {
