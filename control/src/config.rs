@@ -25,7 +25,7 @@ use serde::Deserialize;
 pub use self::{
     finding::{ConfigErrors, Finding, LoadError, Warning},
     settings::MIN_HANG_TIMEOUT_MS,
-    spec::{BackendSpec, Mode, Remark, ServiceSpec},
+    spec::{BackendSpec, Mode, Remark, Scheduler, ServiceSpec},
 };
 use crate::desired::Desired;
 
