@@ -1,7 +1,8 @@
 //! The backend for a flow, parsed and hashed before, in bursts with their prefetches.
 //!
 //! A hit reads one line of the table; a miss, a connection nobody remembers, asks Maglev and is remembered.
-//! The table of the miss is full of unconfirmed connections, the dearest it can be.
+//! The table of the miss is full of unconfirmed connections, the dearest it can be. `new` is the SYN of a
+//! connection, by each scheduler, among so many backends; there, clients are few and have many ports.
 
 use std::{
     hint::black_box,
@@ -11,15 +12,18 @@ use std::{
 use benches::{
     case::M,
     packet::{Family, Packet, SMALL, Transport},
-    snapshot::{self, Underlay},
+    snapshot::{self, Backends, Underlay},
 };
-use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{
+    BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime,
+};
 use dataplane::{
     connections::{Connections, Timeouts},
     counters::Counters,
     flow::{Flow, HashKey},
     forwarding::Forwarding,
     parse,
+    schedule::{Schedule, Scheduler, Taker},
     select::{Context, select},
     time::Tick,
 };
@@ -33,6 +37,7 @@ const BATCH: usize = 16 * BURST;
 struct Table {
     forwarding: Forwarding,
     connections: Connections,
+    scheduler: Scheduler,
     counters: Counters,
     hash_key: HashKey,
     packet: Packet,
@@ -41,14 +46,21 @@ struct Table {
 
 impl Table {
     fn new(flows: u64) -> Self {
+        let forwarding = snapshot::forwarding(Family::V4, Underlay::V4);
+        Self::by(forwarding, flows, Transport::Tcp)
+    }
+
+    fn by(forwarding: Forwarding, flows: u64, transport: Transport) -> Self {
         let capacity = 2 * flows as usize;
         let connections = Connections::new(capacity, &Timeouts::default());
+        let (slots, hash_key) = (snapshot::BACKENDS as usize, HashKey::random());
         Self {
-            forwarding: snapshot::forwarding(Family::V4, Underlay::V4),
-            connections: connections.expect("there is memory for a table"),
-            counters: Counters::new(snapshot::BACKENDS as usize),
-            hash_key: HashKey::random(),
-            packet: Packet::new(Family::V4, Transport::Tcp, SMALL),
+            forwarding,
+            connections: connections.expect("there is memory for a table").counting(slots),
+            scheduler: Scheduler::new(slots, 0, Vec::new(), hash_key),
+            counters: Counters::new(slots),
+            hash_key,
+            packet: Packet::new(Family::V4, transport, SMALL),
             now: Tick::from_s(1),
         }
     }
@@ -64,7 +76,8 @@ impl Table {
         for (_, hash) in burst {
             self.connections.prefetch(*hash);
         }
-        let mut context = Context::new(&mut self.connections, &[], &self.counters, self.now);
+        let (connections, scheduler) = (&mut self.connections, &mut self.scheduler);
+        let mut context = Context::new(connections, scheduler, &self.counters, self.now);
         for (flow, hash) in burst {
             let selected = select(flow, *hash, &self.forwarding, &mut context);
             black_box(selected.map(|selected| selected.slot)).expect("there is a backend");
@@ -112,7 +125,46 @@ fn bench(criterion: &mut Criterion) {
             bencher.iter_custom(|batches| (0..batches).map(|_| table.batch(&mut next)).sum());
         });
     }
+    schedulers(&mut group);
     group.finish();
+}
+
+/// How new flows are placed, given who takes them.
+type Placing = fn(&[Taker]) -> Schedule;
+
+/// Each scheduler's new connections, on a table that has room for nearly all.
+fn schedulers(group: &mut BenchmarkGroup<'_, WallTime>) {
+    let schedulers: [(&str, u32, Placing); 7] = [
+        ("maglev/10", 10, |_| Schedule::Maglev),
+        ("maglev/100", 100, |_| Schedule::Maglev),
+        ("round-robin/100", 100, Schedule::round_robin),
+        ("least-connections/10", 10, Schedule::least_connections),
+        ("least-connections/100", 100, Schedule::least_connections),
+        ("source-stateless/100", 100, |takers| Schedule::source(takers, 0)),
+        ("source/100", 100, |takers| Schedule::source(takers, 300)),
+    ];
+    for (name, backends, schedule) in schedulers {
+        let (backends, flows) = (Backends::new(backends), 64 << 10);
+        group.bench_function(format!("new/{name}"), |bencher| {
+            let forwarding = snapshot::scheduled(&backends, schedule, Family::V4, Underlay::V4);
+            let mut table = Table::by(forwarding, flows, Transport::TcpSyn);
+            let mut number = 0;
+            let mut next = || {
+                number += 1;
+                number
+            };
+            bencher.iter_custom(|batches| {
+                (0..batches)
+                    .map(|_| {
+                        // What is old is forgotten before the table is full.
+                        table.now = table.now + 1000;
+                        table.connections.sweep(table.now);
+                        table.batch(&mut next)
+                    })
+                    .sum()
+            });
+        });
+    }
 }
 
 criterion_group!(benches, bench);

@@ -292,6 +292,7 @@ pub(crate) fn worker(
         // The same in every run, so that instructions can be counted.
         hash_key: HashKey::from_seed("connections"),
         icmp_errors_per_s: 100,
+        id: 0,
     });
     worker.prepare();
     (worker, counters)

@@ -10,6 +10,7 @@ use dataplane::{
     flow::{Address, HashKey, protocol},
     forwarding::{Backend, Common, Forwarding, Link, Service, Slot, Vip},
     maglev::{Candidate, Maglev, Size},
+    schedule::{Schedule, Taker},
     wire::ethernet::MacAddr,
 };
 
@@ -139,6 +140,19 @@ pub fn forwarding(inner: Family, underlay: Underlay) -> Forwarding {
 /// # Panics
 /// Never: its VIPs are distinct and its backends few.
 pub fn forwarding_to(backends: &Backends, inner: Family, underlay: Underlay) -> Forwarding {
+    scheduled(backends, |_| Schedule::Maglev, inner, underlay)
+}
+
+/// The same with another way to place new flows.
+///
+/// # Panics
+/// Never, likewise.
+pub fn scheduled(
+    backends: &Backends,
+    schedule: impl Fn(&[Taker]) -> Schedule,
+    inner: Family,
+    underlay: Underlay,
+) -> Forwarding {
     let vip = |address| {
         [protocol::TCP, protocol::UDP].map(|protocol| Vip { address, protocol, port: VIP_PORT })
     };
@@ -147,7 +161,8 @@ pub fn forwarding_to(backends: &Backends, inner: Family, underlay: Underlay) -> 
         Family::V6 => vip(Address::v6(VIP_V6)),
     };
     let maglev = Arc::new(maglev_of(Size::default(), &backends.takers));
-    let service = Service { vips: vips.into(), maglev };
+    let takers: Vec<_> = backends.takers.iter().map(|&slot| Taker { slot, weight: 1 }).collect();
+    let service = Service { vips: vips.into(), maglev, schedule: schedule(&takers) };
     let backend = |slot| Backend {
         template: template(slot, inner, underlay),
         service: 0,

@@ -25,7 +25,7 @@ use serde::Deserialize;
 pub use self::{
     finding::{ConfigErrors, Finding, LoadError, Warning},
     settings::MIN_HANG_TIMEOUT_MS,
-    spec::{BackendSpec, Mode, Remark, ServiceSpec},
+    spec::{BackendSpec, Mode, Remark, Scheduler, ServiceSpec},
 };
 use crate::desired::Desired;
 
@@ -360,7 +360,13 @@ impl Connections {
     /// The timeouts, as the table takes them.
     pub fn timeouts(&self) -> Timeouts {
         let Self { unconfirmed_s, tcp_idle_s, tcp_closing_s, udp_idle_s, .. } = *self;
-        Timeouts { unconfirmed_s, tcp_idle_s, tcp_closing_s, udp_idle_s }
+        Timeouts {
+            unconfirmed_s,
+            tcp_idle_s,
+            tcp_closing_s,
+            udp_idle_s,
+            affinity_s: Timeouts::MAX_AFFINITY_S,
+        }
     }
 
     /// A worker's table.

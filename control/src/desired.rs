@@ -5,7 +5,7 @@ use std::{collections::HashMap, fmt, net::IpAddr, str::FromStr, sync::Arc};
 
 use dataplane::{flow::protocol, wire::ethernet::MacAddr};
 
-use crate::config::ServiceSpec;
+use crate::config::{self, ServiceSpec};
 
 /// Everything that is wanted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -101,6 +101,34 @@ pub enum Mode {
     Dsr,
 }
 
+/// How new connections are placed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scheduler {
+    /// By a hash of addresses and ports.
+    Maglev,
+    /// In turns.
+    RoundRobin,
+    /// To the backend with the fewest connections.
+    LeastConnections,
+    /// By the client's address, which keeps its backend for so long after its latest new connection.
+    Source {
+        /// 0 for no longer than backends stay the same.
+        timeout_s: u32,
+    },
+}
+
+impl Scheduler {
+    /// As it stands in the file: its name, and the timeout of `source`.
+    pub fn written(self) -> (config::Scheduler, Option<i64>) {
+        match self {
+            Self::Maglev => (config::Scheduler::Maglev, None),
+            Self::RoundRobin => (config::Scheduler::RoundRobin, None),
+            Self::LeastConnections => (config::Scheduler::LeastConnections, None),
+            Self::Source { timeout_s } => (config::Scheduler::Source, Some(timeout_s.into())),
+        }
+    }
+}
+
 /// A VXLAN network identifier: 24 bits, RFC 7348 section 5.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Vni(u32);
@@ -150,6 +178,8 @@ pub struct Service {
     pub ports: Vec<ServicePort>,
     /// How packets get to its backends.
     pub mode: Mode,
+    /// How its new connections are placed.
+    pub scheduler: Scheduler,
     /// May be empty.
     pub backends: Vec<Backend>,
 }

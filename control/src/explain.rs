@@ -11,7 +11,8 @@ use dataplane::{
     connections::{AllocationError, Connections, Timeouts, Verdict},
     counters::{Counters, DropReason},
     flow::{Flow, FlowKey, HashKey, Kind, protocol, tcp_flags},
-    forwarding::Forwarding,
+    forwarding::{Forwarding, Slot},
+    schedule::{self, Scheduler},
     select::{self, Context},
     time::Tick,
 };
@@ -19,11 +20,12 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::{
-    config::Config,
-    desired::{Backend, Desired, Protocol, Service, ServicePort, port_ranges},
+    config::{self, Config},
+    desired::{self, Backend, Desired, Protocol, Service, ServicePort, port_ranges},
     offline::Offline,
     plan::{Placement, PlanError},
     view::{self, Observed, View},
+    workers::Handle,
 };
 
 /// Why there is no explanation.
@@ -48,6 +50,11 @@ pub enum Explanation {
     Forwarded {
         /// The service.
         service: String,
+        /// How the service's new connections are placed.
+        scheduler: config::Scheduler,
+        /// Whether a new connection is sure to get this backend. `round-robin` and `least-connections` decide
+        /// only when it comes; then it is the one that a connection gets which can't be remembered.
+        certain: bool,
         /// The backend.
         backend: String,
         /// Its share of new connections.
@@ -88,9 +95,11 @@ impl fmt::Display for Explanation {
         match self {
             Self::Forwarded {
                 service,
+                certain,
                 backend,
                 weight,
                 weights,
+                candidates,
                 vtep,
                 port,
                 vni,
@@ -100,7 +109,12 @@ impl fmt::Display for Explanation {
             } => {
                 let tunnel = SocketAddr::new(*vtep, *port);
                 writeln!(f, "service  {service}")?;
-                writeln!(f, "backend  {backend}, weight {weight} of {weights}")?;
+                let one = format!("{backend}, weight {weight} of {weights}");
+                if *certain {
+                    writeln!(f, "backend  {one}")?;
+                } else {
+                    writeln!(f, "backend  any of {candidates}; {one}, if it can't be remembered")?;
+                }
                 writeln!(f, "tunnel   VNI {vni} to {tunnel}, inner MAC {mac}")?;
                 writeln!(f, "because  {why}")
             }
@@ -161,7 +175,7 @@ pub fn explain(
 ) -> Result<Explanation, ExplainError> {
     let flow = first_packet(protocol, client, vip)?;
     let Offline { forwarding, backends, .. } = Offline::new(config)?;
-    explained(&flow, protocol, vip, (&config.desired, &backends, &forwarding))
+    explained(&flow, protocol, vip, (&config.desired, &backends, &forwarding), None)
 }
 
 /// The same of a running daemon, and what its workers remember.
@@ -177,7 +191,8 @@ pub fn running(
 ) -> Result<Explained, ExplainError> {
     let flow = first_packet(protocol, client, vip)?;
     let state = (&view.desired, &*view.placements, &*view.forwarding);
-    let first_packet = explained(&flow, protocol, vip, state)?;
+    let bound = bound(observed, &flow, &view.forwarding);
+    let first_packet = explained(&flow, protocol, vip, state, bound)?;
     let key = &flow.key;
     let Some(service) = view.forwarding.service_at(key.dst, key.protocol, key.dst_port) else {
         return Ok(Explained { first_packet, remembered: Vec::new() });
@@ -204,8 +219,24 @@ pub fn running(
     Ok(Explained { first_packet, remembered: remembered.collect() })
 }
 
-/// A table lives as long as the process, so there is one for all explanations. Each looks for another hash
-/// in it than those before, and finds nothing.
+/// A backend that a client is bound to, and the worker that remembers it.
+type Bound = (usize, Slot);
+
+/// What the workers remember of the client itself.
+fn bound(observed: &Observed, flow: &Flow, forwarding: &Forwarding) -> Option<Bound> {
+    let key = &flow.key;
+    let service = forwarding.service_at(key.dst, key.protocol, key.dst_port)?;
+    let service = forwarding.service(service)?;
+    let timeout_s = service.schedule.affinity_timeout_s()?;
+    let hash = schedule::client(service, key).hash(&observed.hash_key);
+    let known = |(worker, handle): (usize, &Handle)| {
+        Some((worker, handle.connections.affine(hash, observed.now(), timeout_s)?))
+    };
+    observed.workers.iter().enumerate().find_map(known)
+}
+
+/// A table lives as long as the process, so there is one for all explanations. It remembers nothing, so that
+/// each finds nothing, and gets Maglev's answer.
 static SCRATCH: OnceLock<Mutex<Connections>> = OnceLock::new();
 
 fn explained(
@@ -213,15 +244,18 @@ fn explained(
     protocol: Protocol,
     vip: SocketAddr,
     (desired, placements, forwarding): (&Desired, &[Placement], &Forwarding),
+    bound: Option<Bound>,
 ) -> Result<Explanation, ExplainError> {
     if SCRATCH.get().is_none() {
-        let _ = SCRATCH.set(Mutex::new(Connections::new(16, &Timeouts::default())?));
+        let _ = SCRATCH.set(Mutex::new(Connections::new(16, &Timeouts::default())?.admitting(0)));
     }
     let scratch = SCRATCH.get().expect("set above");
     let mut connections = scratch.lock().unwrap_or_else(PoisonError::into_inner);
     let counters = Counters::new(0);
-    let mut context = Context::new(&mut connections, &[], &counters, Tick(0));
-    let hash = flow.key.hash(&HashKey::random());
+    let key = HashKey::random();
+    let mut scheduler = Scheduler::new(0, 0, Vec::new(), key);
+    let mut context = Context::new(&mut connections, &mut scheduler, &counters, Tick(0));
+    let hash = flow.key.hash(&key);
     let dropped = |reason: DropReason, why| {
         let (reason, sentence) = (reason.label().to_owned(), reason.sentence().to_owned());
         Ok(Explanation::Dropped { reason, sentence, why })
@@ -230,10 +264,17 @@ fn explained(
         Ok(selected) => selected,
         Err(reason) => return dropped(reason, why_dropped(desired, protocol, vip)),
     };
-    let mut placed = desired.backends().zip(placements);
-    let ((service, backend), placement) = placed
-        .find(|(_, placement)| placement.slot == selected.slot)
-        .expect("a selected slot was placed");
+    let placed = |slot: Slot| {
+        let mut placed = desired.backends().zip(placements);
+        placed.find(|(_, placement)| placement.slot == slot)
+    };
+    let takes = |((_, backend), placement): &((&Service, &Backend), &Placement)| {
+        view::state(backend, placement) == "active"
+    };
+    let bound = bound.and_then(|(worker, slot)| Some((worker, placed(slot).filter(takes)?)));
+    let (worker, kept) = bound.unzip();
+    let ((service, backend), placement) =
+        kept.or_else(|| placed(selected.slot)).expect("a selected slot was placed");
     if let Some(why) = &placement.unreachable {
         let why =
             format!("none of {}'s backends can be reached; {}: {why}", service.name, backend.name);
@@ -241,10 +282,16 @@ fn explained(
     }
     let own = view::placed(desired, placements).find(|(own, _)| own.name == service.name);
     let (_, own) = own.expect("it is one of them");
-    Ok(forwarded(service, own, backend))
+    Ok(forwarded(service, own, backend, worker))
 }
 
-fn forwarded(service: &Service, placements: &[Placement], backend: &Backend) -> Explanation {
+/// `worker` is who remembers that the client is bound to the backend, if it is.
+fn forwarded(
+    service: &Service,
+    placements: &[Placement],
+    backend: &Backend,
+    worker: Option<usize>,
+) -> Explanation {
     let (mut takers, mut draining, mut unreachable) = (Vec::new(), Vec::new(), Vec::new());
     for (backend, placement) in service.backends.iter().zip(placements) {
         match view::state(backend, placement) {
@@ -255,8 +302,12 @@ fn forwarded(service: &Service, placements: &[Placement], backend: &Backend) -> 
     }
     let choice = match takers.len() {
         1 => "it is the only backend that takes new connections".to_owned(),
-        count => format!("Maglev chooses it among {count} backends"),
+        count => choice(service.scheduler, count, worker),
     };
+    let decided_late = matches!(
+        service.scheduler,
+        desired::Scheduler::RoundRobin | desired::Scheduler::LeastConnections
+    );
     let those = |names: &[String], one: &str, many: &str| match names {
         [] => String::new(),
         [name] => format!("; {name} {one}"),
@@ -266,6 +317,8 @@ fn forwarded(service: &Service, placements: &[Placement], backend: &Backend) -> 
     let away = those(&unreachable, "can't be reached", "can't be reached");
     Explanation::Forwarded {
         service: service.name.clone(),
+        scheduler: service.scheduler.written().0,
+        certain: takers.len() == 1 || !decided_late,
         backend: backend.name.clone(),
         weight: backend.weight,
         weights: takers.iter().map(|taker| u32::from(taker.weight)).sum(),
@@ -277,6 +330,29 @@ fn forwarded(service: &Service, placements: &[Placement], backend: &Backend) -> 
         draining,
         unreachable,
         why: format!("{choice}{drain}{away}; a remembered connection keeps its backend"),
+    }
+}
+
+/// Why it is this one of several backends.
+fn choice(scheduler: desired::Scheduler, count: usize, worker: Option<usize>) -> String {
+    use desired::Scheduler::{LeastConnections, Maglev, RoundRobin, Source};
+    let maglev = format!("Maglev chooses it among {count} backends");
+    match (scheduler, worker) {
+        (Source { timeout_s }, Some(worker)) => format!(
+            "the client's latest connection went to it, as worker {worker} remembers, no longer ago than \
+             {timeout_s} s"
+        ),
+        (Source { timeout_s: 0 }, None) => format!("{maglev} by the client's address"),
+        (Source { timeout_s }, None) => format!(
+            "{maglev} by the client's address, and for {timeout_s} s after a new connection the client keeps it"
+        ),
+        (Maglev, _) => maglev,
+        (RoundRobin, _) => {
+            format!("each worker gives its new connections to {count} backends in turn")
+        }
+        (LeastConnections, _) => format!(
+            "each worker gives a new connection to the one of {count} backends with the fewest for its weight"
+        ),
     }
 }
 
@@ -396,6 +472,45 @@ keeps its backend
             "{text}"
         );
         assert!(text.contains("because  Maglev chooses it among 2 backends; a"), "{text}");
+    }
+
+    #[test]
+    fn a_scheduler_that_decides_when_a_connection_comes_is_not_foretold() {
+        let config = |scheduler: &str| {
+            let text = CONFIG.replace("name = \"six\"", &format!("name = \"six\"\n{scheduler}"));
+            Config::parse("test", &text).unwrap().0
+        };
+        let text = |scheduler: &str| {
+            let (client, vip) =
+                ("[2001:db8::7]:1".parse().unwrap(), "[2001:db8::10]:80".parse().unwrap());
+            explain(&config(scheduler), Protocol::Tcp, client, vip).unwrap().to_string()
+        };
+        for (scheduler, why) in [
+            ("scheduler = \"wrr\"", "each worker gives its new connections to 2 backends in turn;"),
+            (
+                "scheduler = \"least-connections\"",
+                "each worker gives a new connection to the one of 2 backends with the fewest for its weight;",
+            ),
+        ] {
+            let text = text(scheduler);
+            assert!(text.contains("backend  any of 2; six-"), "{text}");
+            assert!(text.contains(", weight 1 of 2, if it can't be remembered\n"), "{text}");
+            assert!(text.contains(why), "{text}");
+        }
+        for (scheduler, why) in [
+            (
+                "scheduler = \"source\"",
+                "by the client's address, and for 300 s after a new connection the client keeps it;",
+            ),
+            (
+                "scheduler = \"sh\"\naffinity_timeout_s = 0",
+                "Maglev chooses it among 2 backends by the client's address;",
+            ),
+        ] {
+            let text = text(scheduler);
+            assert!(text.contains("backend  six-"), "{text}");
+            assert!(text.contains(why), "{text}");
+        }
     }
 
     #[test]

@@ -14,13 +14,14 @@ use dataplane::{
     flow::{Address, HashKey},
     forwarding::{self, Common, Forwarding, ForwardingError, Link, Slot, Vip},
     maglev::{Candidate, Maglev, Size},
+    schedule::{Schedule, Taker},
     time::Tick,
     wire::ethernet::MacAddr,
 };
 
 use crate::{
     config::NextHop,
-    desired::{Backend, Desired, Service, ServicePort},
+    desired::{Backend, Desired, Scheduler, Service, ServicePort},
     link::LinkIndex,
     next_hop::HopState,
 };
@@ -134,8 +135,11 @@ pub struct Settings {
     pub rest_ms: u64,
 }
 
-/// A service's table with what it was built from.
-type Built = (Vec<(String, u16, Slot)>, Arc<Maglev>);
+/// Who takes new connections: names, weights and slots.
+type Takers = Vec<(String, u16, Slot)>;
+
+/// A service's table and schedule, with what they were built from.
+type Built = (Takers, Arc<Maglev>, (Scheduler, Schedule));
 
 /// Makes plans, and remembers what must not change from one to the next.
 #[derive(Debug)]
@@ -178,7 +182,8 @@ impl Planner {
                 placements.push(Placement { slot, unreachable });
             }
             let built = self.maglev(service, &placements[first..]);
-            services.push(forwarding::Service { vips: vips(service), maglev: built.1.clone() });
+            let (maglev, schedule) = (built.1.clone(), built.2.1.clone());
+            services.push(forwarding::Service { vips: vips(service), maglev, schedule });
             maglevs.insert(service.name.clone(), built);
         }
         let common = Common {
@@ -192,29 +197,48 @@ impl Planner {
         Ok(Plan { forwarding, steer: steer(inputs), backends: placements })
     }
 
-    /// The table of those that take new connections: weighted, and reachable as far as any is. The old
-    /// one, if nothing changed.
+    /// The table and schedule of those that take new connections: weighted, and reachable as far as any is.
+    /// The old ones, if nothing changed.
     fn maglev(&self, service: &Service, placements: &[Placement]) -> Built {
         let all: Vec<_> = service.backends.iter().zip(placements).collect();
         let reachable = |(_, placement): &&(&Backend, &Placement)| placement.unreachable.is_none();
         let some_reachable = all.iter().any(|both| both.0.weight > 0 && reachable(&both));
-        let takers: Vec<(String, u16, Slot)> = all
+        let takers: Takers = all
             .iter()
             .filter(|both| !some_reachable || reachable(both))
             .map(|(backend, placement)| (backend.name.clone(), backend.weight, placement.slot))
             .collect();
-        match self.maglevs.get(&service.name) {
-            Some((before, maglev)) if *before == takers => (takers, maglev.clone()),
-            _ => {
+        let before = self.maglevs.get(&service.name).filter(|(before, ..)| *before == takers);
+        let scheduler = service.scheduler;
+        let schedule = match before {
+            Some((.., (before, schedule))) if *before == scheduler => schedule.clone(),
+            _ => schedule(scheduler, &takers),
+        };
+        let schedule = (scheduler, schedule);
+        match before {
+            Some((_, maglev, _)) => (takers, maglev.clone(), schedule),
+            None => {
                 let candidates: Vec<_> = takers
                     .iter()
                     .map(|(name, weight, slot)| Candidate { name, weight: *weight, slot: *slot })
                     .collect();
                 let Settings { maglev_size, maglev_key, .. } = &self.settings;
                 let maglev = Maglev::build(*maglev_size, &candidates, maglev_key);
-                (takers, Arc::new(maglev))
+                (takers, Arc::new(maglev), schedule)
             }
         }
+    }
+}
+
+/// How new connections are placed among these.
+fn schedule(scheduler: Scheduler, takers: &Takers) -> Schedule {
+    let taker = |&(_, weight, slot): &(String, u16, Slot)| Taker { slot, weight };
+    let takers: Vec<_> = takers.iter().map(taker).filter(|taker| taker.weight > 0).collect();
+    match scheduler {
+        Scheduler::Maglev => Schedule::Maglev,
+        Scheduler::RoundRobin => Schedule::round_robin(&takers),
+        Scheduler::LeastConnections => Schedule::least_connections(&takers),
+        Scheduler::Source { timeout_s } => Schedule::source(&takers, timeout_s),
     }
 }
 

@@ -243,6 +243,7 @@ impl Rig {
             // Replayed twice, the same packets must leave.
             hash_key: HashKey::from_seed("replay"),
             icmp_errors_per_s: config.dataplane.icmp_errors_per_s,
+            id: 0,
         });
         worker.turn(Tick(0)); // fills the fill rings
         Ok(Self {

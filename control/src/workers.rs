@@ -264,6 +264,7 @@ impl Fleet {
                 counters: counters.clone(),
                 hash_key,
                 icmp_errors_per_s: config.dataplane.icmp_errors_per_s,
+                id,
             });
             let stop = fleet.stop.clone();
             let spin = match config.dataplane.idle {

@@ -80,20 +80,23 @@ enum State {
     Ended = 1,
     /// Only a SYN was seen: perhaps a flood's. Forgotten soon.
     Opening = 2,
+    /// No connection, but where a client's next one goes. A forged SYN leaves one too, and it only matters
+    /// once the backends change: it gives way to nearly all.
+    Affinity = 3,
     /// TCP or SCTP, first seen less than [`CONFIRM_AFTER_UNITS`] ago.
-    YoungStream = 3,
+    YoungStream = 4,
     /// UDP, likewise.
-    YoungDatagrams = 4,
+    YoungDatagrams = 5,
     /// TCP or SCTP, silent since it was young. Its next packet confirms it.
-    QuietStream = 5,
+    QuietStream = 6,
     /// UDP, likewise.
-    QuietDatagrams = 6,
+    QuietDatagrams = 7,
     /// Confirmed, but the client sent FIN or RST.
-    Closing = 7,
+    Closing = 8,
     /// TCP or SCTP, confirmed.
-    Stream = 8,
+    Stream = 9,
     /// UDP, confirmed.
-    Datagrams = 9,
+    Datagrams = 10,
 }
 
 impl State {
@@ -102,13 +105,14 @@ impl State {
         match state_bits(entry) {
             1 => Self::Ended,
             2 => Self::Opening,
-            3 => Self::YoungStream,
-            4 => Self::YoungDatagrams,
-            5 => Self::QuietStream,
-            6 => Self::QuietDatagrams,
-            7 => Self::Closing,
-            8 => Self::Stream,
-            9 => Self::Datagrams,
+            3 => Self::Affinity,
+            4 => Self::YoungStream,
+            5 => Self::YoungDatagrams,
+            6 => Self::QuietStream,
+            7 => Self::QuietDatagrams,
+            8 => Self::Closing,
+            9 => Self::Stream,
+            10 => Self::Datagrams,
             _ => Self::Empty,
         }
     }
@@ -149,6 +153,15 @@ impl State {
     }
 }
 
+/// The states of connections that have not ended, a bit each.
+const OPEN: u32 = 1 << State::Opening as u32
+    | 1 << State::YoungStream as u32
+    | 1 << State::YoungDatagrams as u32
+    | 1 << State::QuietStream as u32
+    | 1 << State::QuietDatagrams as u32
+    | 1 << State::Stream as u32
+    | 1 << State::Datagrams as u32;
+
 /// All numbers that an entry's state bits can be: arrays of so many are indexed without a check.
 const STATES: usize = 16;
 
@@ -157,6 +170,7 @@ const UNIT_SHIFTS: [u32; STATES] = [
     6,  // empty
     6,  // ended: 64 ms, wraps after 65 s
     6,  // opening
+    14, // affinity: 16 s, wraps after 4.6 h
     6,  // young stream
     6,  // young datagrams
     16, // quiet stream: 66 s, wraps after 18.6 h
@@ -164,7 +178,7 @@ const UNIT_SHIFTS: [u32; STATES] = [
     10, // closing: 1 s, wraps after 17 min
     16, // stream
     13, // datagrams
-    6, 6, 6, 6, 6, 6, // no state has these numbers
+    6, 6, 6, 6, 6, // no state has these numbers
 ];
 
 /// How long a silent connection is remembered, in seconds. Counted in coarse units: a minute for
@@ -179,6 +193,8 @@ pub struct Timeouts {
     pub tcp_closing_s: u32,
     /// UDP. At most [`Timeouts::MAX_UDP_IDLE_S`].
     pub udp_idle_s: u32,
+    /// A client's affinity: the longest that any service asks for. At most [`Timeouts::MAX_AFFINITY_S`].
+    pub affinity_s: u32,
 }
 
 impl Timeouts {
@@ -191,6 +207,8 @@ impl Timeouts {
     pub const MAX_TCP_CLOSING_S: u32 = 900;
     /// Most for `udp_idle_s`.
     pub const MAX_UDP_IDLE_S: u32 = 2 * 3600;
+    /// Most for `affinity_s`.
+    pub const MAX_AFFINITY_S: u32 = 4 * 3600;
 
     /// The longest that any entry can live without a packet, in milliseconds: how long a freed slot must
     /// rest (I4). Longer than the longest timeout, for that is counted in whole units.
@@ -204,7 +222,13 @@ impl Timeouts {
 
 impl Default for Timeouts {
     fn default() -> Self {
-        Self { unconfirmed_s: 30, tcp_idle_s: 4 * 3600, tcp_closing_s: 60, udp_idle_s: 300 }
+        Self {
+            unconfirmed_s: 30,
+            tcp_idle_s: 4 * 3600,
+            tcp_closing_s: 60,
+            udp_idle_s: 300,
+            affinity_s: Self::MAX_AFFINITY_S,
+        }
     }
 }
 
@@ -232,6 +256,7 @@ impl Lifetimes {
             set(state, timeouts.udp_idle_s, Timeouts::MAX_UDP_IDLE_S);
         }
         set(State::Closing, timeouts.tcp_closing_s, Timeouts::MAX_TCP_CLOSING_S);
+        set(State::Affinity, timeouts.affinity_s, Timeouts::MAX_AFFINITY_S);
         // The sweep lets them grow quiet long before.
         for state in [State::YoungStream, State::YoungDatagrams] {
             lifetimes[state as usize] = TIME_MASK;
@@ -375,6 +400,18 @@ pub struct Place {
     age: u64,
 }
 
+impl Place {
+    /// Whether the connection has not ended, as far as the client is concerned.
+    pub fn is_open(&self) -> bool {
+        is_open(self.entry)
+    }
+
+    /// Whether nothing but its SYN was seen.
+    pub fn is_opening(&self) -> bool {
+        State::of(self.entry) == State::Opening
+    }
+}
+
 /// What a lookup found.
 #[derive(Clone, Copy, Debug)]
 pub enum Found<T> {
@@ -431,6 +468,8 @@ pub struct Connections {
     round: u64,
     /// For SYNs and for others, if there is a limit.
     admissions: Option<[RateLimit; 2]>,
+    /// Open connections by their backend's slot, of as many slots as are counted.
+    open: Box<[u32]>,
 }
 
 /// No memory for the table.
@@ -459,6 +498,7 @@ impl Connections {
             sweep_at: 0,
             round: 1,
             admissions: None,
+            open: Box::default(),
         })
     }
 
@@ -469,6 +509,28 @@ impl Connections {
     pub fn admitting(mut self, per_s: u32) -> Self {
         self.admissions = Some([RateLimit::new(per_s), RateLimit::new(per_s)]);
         self
+    }
+
+    /// The table with a count of open connections for each of so many slots. It has to be empty.
+    #[must_use]
+    pub fn counting(mut self, slots: usize) -> Self {
+        self.open = vec![0; slots].into();
+        self
+    }
+
+    /// How many connections to this slot's backend have not ended, as far as the client's packets tell. One
+    /// that fell silent counts until its timeout, and until the sweep has come by. 0 if they aren't counted.
+    #[inline]
+    pub fn open(&self, slot: Slot) -> u32 {
+        self.open.get(slot as usize).copied().unwrap_or(0)
+    }
+
+    /// Writes an entry. Whatever begins, ends or moves an entry is written here, or the counts would go astray.
+    #[inline]
+    fn put(&mut self, bucket: usize, lane: usize, entry: u64) {
+        let bucket = &self.reader.buckets[bucket];
+        recount(&mut self.open, bucket.entry(lane), entry);
+        bucket.set(lane, entry);
     }
 
     /// Whether the table got huge pages of its own (transparent ones may come later).
@@ -533,14 +595,15 @@ impl Connections {
         };
         // Often nothing changes: no store, and the line stays clean.
         if touched != entry {
-            self.replace(place, touched);
+            self.rewrite(place, touched);
         }
     }
 
     /// Overwrites the entry that was found there.
-    fn replace(&mut self, place: Place, entry: u64) {
+    fn rewrite(&mut self, place: Place, entry: u64) {
         let bucket = &self.reader.buckets[place.bucket];
         if let Some(lane) = (0..LANES).find(|&lane| bucket.entry(lane) == place.entry) {
+            recount(&mut self.open, place.entry, entry);
             bucket.0[lane].store(entry, Ordering::Relaxed);
         }
     }
@@ -550,11 +613,15 @@ impl Connections {
     #[inline]
     pub fn remember(&mut self, hash: u64, slot: Slot, traffic: Traffic, now: Tick) -> Remembered {
         if let Found::Live((), place) = self.find(hash, now, |_| Verdict::Serves(())) {
-            let entry = entry_of(hash, slot, traffic, now) | place.entry & (MARK | AWAY);
-            self.replace(place, entry);
+            self.renew(place, entry_of(hash, slot, traffic, now));
             return Remembered::Renewed;
         }
         self.remember_new(hash, slot, traffic, now)
+    }
+
+    /// Writes a new entry of the flow in the place where its former one was found.
+    fn renew(&mut self, place: Place, entry: u64) {
+        self.rewrite(place, entry | place.entry & (MARK | AWAY));
     }
 
     /// The same for a flow of which a lookup has just found nothing.
@@ -566,18 +633,40 @@ impl Connections {
         traffic: Traffic,
         now: Tick,
     ) -> Remembered {
-        if let Some(admissions) = &mut self.admissions
-            && !admissions[usize::from(traffic == Traffic::Syn)].take(now)
-        {
+        if !self.admits(traffic, now) {
             return Remembered::NotAdmitted;
         }
-        let entry = entry_of(hash, slot, traffic, now);
-        let home = &self.reader.buckets[self.reader.first(hash)];
-        let vacant = home.vacant();
+        self.insert(hash, entry_of(hash, slot, traffic, now), now)
+    }
+
+    /// Whether one more new flow may be remembered.
+    #[inline]
+    fn admits(&mut self, traffic: Traffic, now: Tick) -> bool {
+        let admissions = self.admissions.as_mut();
+        admissions.is_none_or(|limits| limits[usize::from(traffic == Traffic::Syn)].take(now))
+    }
+
+    /// Remembers that a client's next connections go to this backend, as [`Reader::affine`] finds by the hash.
+    /// `traffic` is what its latest begins with: it counts as one more such flow.
+    pub fn remember_affinity(&mut self, hash: u64, slot: Slot, traffic: Traffic, now: Tick) {
+        let entry = with_state(entry_of(hash, slot, traffic, now), State::Affinity, now);
+        match self.find(hash, now, |_| Verdict::Serves(())) {
+            Found::Live((), place) => self.renew(place, entry),
+            _ if self.admits(traffic, now) => {
+                self.insert(hash, entry, now);
+            }
+            _ => {}
+        }
+    }
+
+    #[inline]
+    fn insert(&mut self, hash: u64, entry: u64, now: Tick) -> Remembered {
+        let home = self.reader.first(hash);
+        let vacant = self.reader.buckets[home].vacant();
         if vacant == 0 {
             return self.make_room(hash, entry, now);
         }
-        home.set(vacant.trailing_zeros() as usize, entry);
+        self.put(home, vacant.trailing_zeros() as usize, entry);
         Remembered::Inserted
     }
 
@@ -590,27 +679,33 @@ impl Connections {
         let at_home = self.least(home, 0, now);
         // In a flood: another bucket would cost a miss now, and every later lookup that misses here.
         if at_home.worth == 0 || home.is_flooded() {
-            return at_home.give_way(home, entry);
+            return self.replace(first, at_home, entry);
         }
         let away = self.least(&buckets[second], MARK_LANES, now);
         if away.worth == 0 {
             home.set_mark(self.round);
-            return away.give_way(&buckets[second], entry | AWAY);
+            return self.replace(second, away, entry | AWAY);
         }
         if at_home.worth >= rank(State::Opening)
             && let Some(lane) = self.move_one_out(first)
         {
-            home.set(lane, entry);
+            self.put(first, lane, entry);
             return Remembered::Inserted;
         }
         if at_home.worth < CONFIRMED {
-            return at_home.give_way(home, entry);
+            return self.replace(first, at_home, entry);
         }
         if away.worth < CONFIRMED {
             home.set_mark(self.round);
-            return away.give_way(&buckets[second], entry | AWAY);
+            return self.replace(second, away, entry | AWAY);
         }
         Remembered::Full
+    }
+
+    /// Writes an entry in the place of a bucket's least worthy.
+    fn replace(&mut self, bucket: usize, least: Candidate, entry: u64) -> Remembered {
+        self.put(bucket, least.lane, entry);
+        if least.worth == 0 { Remembered::Inserted } else { Remembered::Evicted }
     }
 
     /// Copies an entry of a full bucket to its other one, if one of the eight has room there. Tells which
@@ -623,15 +718,15 @@ impl Connections {
         }
         for lane in 0..LANES {
             let entry = bucket.entry(lane);
-            let other = &buckets[self.reader.other(from, entry)];
+            let other = self.reader.other(from, entry);
             let comes_home = lane >= MARK_LANES && entry & AWAY != 0;
             let first_lane = if comes_home { 0 } else { MARK_LANES };
-            let vacant = other.vacant() >> first_lane << first_lane;
+            let vacant = buckets[other].vacant() >> first_lane << first_lane;
             if vacant == 0 {
                 continue;
             }
             let entry = entry & !(MARK | AWAY) | if comes_home { 0 } else { AWAY };
-            other.set(vacant.trailing_zeros() as usize, entry);
+            self.put(other, vacant.trailing_zeros() as usize, entry);
             if !comes_home {
                 bucket.set_mark(self.round);
             }
@@ -690,7 +785,7 @@ impl Connections {
                 continue;
             }
             if expired(entry, &self.reader.lifetimes, now) {
-                bucket.set(lane, 0);
+                self.put(self.sweep_at, lane, 0);
                 continue;
             }
             if let Some(quiet) = state.grown()
@@ -711,14 +806,15 @@ impl Connections {
 
     /// Brings an entry home if there is room by now, or else renews the mark there.
     fn bring_home(&mut self, lane: usize, entry: u64) {
-        let home = &self.reader.buckets[self.reader.other(self.sweep_at, entry)];
+        let at = self.reader.other(self.sweep_at, entry);
+        let home = &self.reader.buckets[at];
         let vacant = home.vacant();
         if vacant == 0 {
             home.set_mark(self.round);
             return;
         }
-        home.set(vacant.trailing_zeros() as usize, entry & !AWAY);
-        self.reader.buckets[self.sweep_at].set(lane, 0);
+        self.put(at, vacant.trailing_zeros() as usize, entry & !AWAY);
+        self.put(self.sweep_at, lane, 0);
     }
 }
 
@@ -753,6 +849,14 @@ impl Reader {
             Found::Live(backend, _) => Some(backend),
             Found::Orphan | Found::Nothing => None,
         }
+    }
+
+    /// The backend that a client's connections went to, if the latest began no longer ago than this, and no
+    /// more than 33 s longer.
+    pub fn affine(&self, hash: u64, now: Tick, timeout_s: u32) -> Option<Slot> {
+        let Found::Live(slot, place) = self.search(hash, now, Verdict::Serves) else { return None };
+        let units = (u64::from(timeout_s) * 1000).div_ceil(1 << State::Affinity.unit_shift());
+        (State::of(place.entry) == State::Affinity && place.age <= units).then_some(slot)
     }
 
     #[inline]
@@ -829,8 +933,7 @@ impl Reader {
         for bucket in self.buckets {
             for lane in 0..LANES {
                 let entry = bucket.entry(lane);
-                let ended = matches!(State::of(entry), State::Closing | State::Ended);
-                if !ended && !expired(entry, &self.lifetimes, now) {
+                if is_open(entry) && !expired(entry, &self.lifetimes, now) {
                     each(slot_of(entry));
                 }
             }
@@ -845,19 +948,29 @@ struct Candidate {
     lane: usize,
 }
 
-impl Candidate {
-    fn give_way(self, bucket: &Bucket, entry: u64) -> Remembered {
-        bucket.set(self.lane, entry);
-        if self.worth == 0 { Remembered::Inserted } else { Remembered::Evicted }
-    }
-}
-
 const fn rank(state: State) -> u64 {
     (state as u64) << TIME_BITS
 }
 
 /// Whoever is worth this, or more, gives way to nobody.
 const CONFIRMED: u64 = rank(State::Closing);
+
+/// Corrects the counts of open connections for an entry that replaces another.
+#[inline]
+fn recount(open: &mut [u32], former: u64, entry: u64) {
+    for (entry, by) in [(former, -1), (entry, 1)] {
+        if is_open(entry)
+            && let Some(count) = open.get_mut(slot_of(entry) as usize)
+        {
+            *count = count.wrapping_add_signed(by);
+        }
+    }
+}
+
+#[inline]
+fn is_open(entry: u64) -> bool {
+    OPEN >> state_bits(entry) & 1 == 1
+}
 
 #[inline]
 fn slot_of(entry: u64) -> Slot {
@@ -1298,7 +1411,7 @@ mod tests {
                 let hash = flows[random() as usize % flows.len()];
                 match (random() % 8, connections.find(hash, now, Verdict::Serves)) {
                     (0, Found::Live(_, place)) => {
-                        connections.replace(place, place.entry & MARK);
+                        connections.rewrite(place, place.entry & MARK);
                     }
                     (1, _) => {
                         now = now + random() % 4_000;
@@ -1326,6 +1439,78 @@ mod tests {
             let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
             z ^ (z >> 31)
         }
+    }
+
+    #[test]
+    fn the_counts_of_open_connections_are_what_a_look_into_the_table_would_find() {
+        for seed in 0..20 {
+            let mut random = random_numbers(seed);
+            let mut connections = table(64).counting(6);
+            let mut now = Tick(1_000_000);
+            for _ in 0..3000 {
+                let hash = hash(random() % 8, random() % 24);
+                let (slot, kind) = ((random() % 8) as Slot, random() % 12);
+                let traffic = [Traffic::Syn, Traffic::Stream, Traffic::End, Traffic::Datagram];
+                let traffic = traffic[(random() % 4) as usize];
+                match kind {
+                    0 => connections.remember_affinity(hash, slot, traffic, now),
+                    1 => now = now + random() % 20_000,
+                    2..6 => connections.sweep(now),
+                    6..9 if found(&connections, hash, now).is_some() => {
+                        touch(&mut connections, hash, traffic, now);
+                    }
+                    _ => {
+                        connections.remember(hash, slot, traffic, now);
+                    }
+                }
+                let entries = || connections.reader.buckets.iter().flat_map(|bucket| &bucket.0);
+                for slot in 0..8 {
+                    let there = entries().map(|entry| entry.load(Ordering::Relaxed));
+                    let open = there.filter(|&e| is_open(e) && slot_of(e) == slot).count();
+                    let expected = if slot < 6 { open as u32 } else { 0 };
+                    assert_eq!(connections.open(slot), expected, "seed {seed}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_affinity_is_no_connection_and_lives_as_long_as_is_asked_and_33_s_more_at_most() {
+        for (timeout_s, offset) in [(1, 0), (300, 5_000), (Timeouts::MAX_AFFINITY_S, 16_000)] {
+            let mut connections = table(1024).counting(64);
+            let start = Tick(1 << 30) + offset;
+            connections.remember_affinity(hash(3, 77), 42, Traffic::Syn, start);
+            assert_eq!(connections.open(42), 0);
+            let reader = connections.reader();
+            reader.for_each(start, |_| panic!("it is no connection"));
+            let end = start + 1000 * u64::from(timeout_s);
+            sweep_until(&mut connections, start, end);
+            assert_eq!(reader.affine(hash(3, 77), end, timeout_s), Some(42));
+            assert_eq!(reader.affine(hash(3, 78), end, timeout_s), None);
+            assert_eq!(reader.affine(hash(3, 77), end + 33_000, timeout_s), None);
+        }
+    }
+
+    #[test]
+    fn affinities_give_way_to_connections_and_a_lone_syn_gives_way_to_them() {
+        let mut connections = table(16);
+        let start = Tick(1 << 30);
+        let all = || (0..16).map(|tag| hash(tag % 2, 100 + tag));
+        all().for_each(|hash| connections.remember_affinity(hash, 1, Traffic::Syn, start));
+        let reader = connections.reader();
+        assert!(all().all(|hash| reader.affine(hash, start, 60).is_some()));
+        for tag in 0..16 {
+            connections.remember(hash(tag % 2, 200 + tag), 2, Traffic::Stream, start + 1);
+        }
+        assert!(all().all(|hash| reader.affine(hash, start + 1, 60).is_none()));
+
+        let mut connections = table(16);
+        for tag in 0..16 {
+            connections.remember(hash(tag % 2, 200 + tag), 2, Traffic::Syn, start);
+        }
+        all().for_each(|hash| connections.remember_affinity(hash, 1, Traffic::Syn, start + 1));
+        let reader = connections.reader();
+        assert!(all().all(|hash| reader.affine(hash, start + 1, 60).is_some()));
     }
 
     #[test]

@@ -149,6 +149,11 @@ impl Counters {
         }
     }
 
+    /// Slots of backends that are counted.
+    pub fn backends(&self) -> usize {
+        self.backends.len()
+    }
+
     /// Counts a drop. For the owning worker only.
     #[inline]
     pub fn dropped(&self, reason: DropReason) {

@@ -11,6 +11,7 @@ use crate::{
     encap::Template,
     flow::{Address, HashKey, Kind, protocol},
     maglev::Maglev,
+    schedule::Schedule,
     wire::ethernet::MacAddr,
 };
 
@@ -46,6 +47,8 @@ pub struct Service {
     pub vips: Vec<Vip>,
     /// Who takes new connections: slots into [`Forwarding::backend`]. Empty if nobody.
     pub maglev: Arc<Maglev>,
+    /// How new connections are placed, as long as they can be remembered.
+    pub schedule: Schedule,
 }
 
 /// Where packets go: one task behind a tunnel.

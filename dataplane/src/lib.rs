@@ -16,6 +16,7 @@ pub mod prefetch;
 pub mod publish;
 pub mod rate_limit;
 pub mod reply;
+pub mod schedule;
 pub mod select;
 #[cfg(feature = "xdp")]
 pub mod steer;

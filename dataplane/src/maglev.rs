@@ -119,7 +119,7 @@ impl Maglev {
 /// An evenly spread 64-bit hash, brought below `limit` without a division: Lemire, "Fast Random
 /// Integer Generation in an Interval", 2019. The result grows with the hash. 0 if `limit` is 0.
 #[inline]
-fn reduce(hash: u64, limit: u32) -> u32 {
+pub(crate) fn reduce(hash: u64, limit: u32) -> u32 {
     ((u128::from(hash) * u128::from(limit)) >> 64) as u32
 }
 

@@ -1,12 +1,14 @@
-//! Which backend a flow goes to: its service, then the connection table, then Maglev.
+//! Which backend a flow goes to: its service, then the connection table, then the service's scheduler, or
+//! Maglev.
 //!
 //! Touches only its arguments, so `explain` runs the very same function on a scratch table.
 
 use crate::{
-    connections::{Connections, Found, Reader, Remembered, Settled, Traffic, Verdict},
+    connections::{Connections, Found, Remembered, Settled, Traffic, Verdict},
     counters::{Counters, DropReason, Event},
     flow::{Address, Flow, Kind},
-    forwarding::{Backend, Forwarding, Slot, Vip},
+    forwarding::{Backend, Forwarding, Service, Slot, Vip},
+    schedule::{Scheduler, Sight},
     time::Tick,
 };
 
@@ -19,6 +21,8 @@ pub enum How {
     RememberedElsewhere,
     /// Maglev: the connection is new, or was forgotten.
     Maglev,
+    /// The service's scheduler: the connection is new.
+    Scheduled,
     /// Maglev: the backend that was remembered is gone.
     Reselected,
 }
@@ -39,8 +43,8 @@ pub struct Selected<'a> {
 pub struct Context<'a> {
     /// The worker's own table.
     pub connections: &'a mut Connections,
-    /// The other workers' tables.
-    pub peers: &'a [Reader],
+    /// What the worker places new connections by; it knows the other workers' tables.
+    pub scheduler: &'a mut Scheduler,
     /// The worker's counters.
     pub counters: &'a Counters,
     /// Now.
@@ -55,12 +59,12 @@ impl<'a> Context<'a> {
     /// What packets that come now are selected with, all by the same snapshot.
     pub fn new(
         connections: &'a mut Connections,
-        peers: &'a [Reader],
+        scheduler: &'a mut Scheduler,
         counters: &'a Counters,
         now: Tick,
     ) -> Self {
         let asked = (Vip { address: Address::default(), protocol: 0, port: 0 }, None);
-        Self { connections, peers, counters, now, settled: Settled::at(now), asked }
+        Self { connections, scheduler, counters, now, settled: Settled::at(now), asked }
     }
 
     /// When this is.
@@ -162,28 +166,80 @@ pub fn unsettled<'a>(
             Found::Nothing => is_new = true,
         }
     }
-    let service = service.ok_or(DropReason::NoService)?;
-    let (slot, backend) = pick(flow, forwarding, service)?;
+    let service =
+        service.and_then(|index| forwarding.service(index)).ok_or(DropReason::NoService)?;
+    if !service.schedule.is_plain() && matches!(traffic, Traffic::Syn | Traffic::Datagram) {
+        return begin(flow, hash, (forwarding, service), how, context, judge);
+    }
+    let Picked { slot, backend, .. } = pick(flow, forwarding, service)?;
     context.counters.count(Event::ConnectionMisses, 1);
     let remembered = if is_new {
         context.connections.remember_new(hash, slot, traffic, context.now)
     } else {
         context.connections.remember(hash, slot, traffic, context.now)
     };
-    context.counters.count(
-        match remembered {
-            Remembered::Inserted | Remembered::Evicted => Event::ConnectionInserts,
-            Remembered::Renewed if how == How::Reselected => Event::ConnectionReselects,
-            Remembered::Renewed => return Ok(Selected { slot, backend, how }),
-            Remembered::Full => Event::ConnectionTableFull,
-            Remembered::NotAdmitted => Event::ConnectionNotAdmitted,
-        },
-        1,
-    );
-    if remembered == Remembered::Evicted {
-        context.counters.count(Event::ConnectionEvictions, 1);
+    count(remembered, how, context.counters);
+    Ok(Selected { slot, backend, how })
+}
+
+/// A flow begins in a service with a scheduler of its own. Where the scheduler puts it is where it stays only
+/// if it is remembered: else its next packet is Maglev's, and so is this one.
+#[inline(never)]
+fn begin<'a>(
+    flow: &Flow,
+    hash: u64,
+    (forwarding, service): (&'a Forwarding, &'a Service),
+    mut how: How,
+    context: &mut Context<'_>,
+    judge: impl Fn(Slot) -> Verdict<(Slot, &'a Backend)> + Copy,
+) -> Result<Selected<'a>, DropReason> {
+    let (traffic, now) = (Traffic::of(flow), context.now);
+    // A SYN that is said again must not have another turn: the client may hold the first one's answer by
+    // now. Nor may one that anybody can forge move a connection.
+    if traffic == Traffic::Syn
+        && let Found::Live((slot, backend), place) = context.connections.find(hash, now, judge)
+        && place.is_open()
+        && backend.reachable
+    {
+        if place.is_opening() {
+            context.connections.remember(hash, slot, traffic, now);
+        }
+        context.counters.count(Event::ConnectionHits, 1);
+        return Ok(Selected { slot, backend, how: How::Remembered });
+    }
+    let picked = pick(flow, forwarding, service)?;
+    let (key, maglev_hash) = (&flow.key, picked.hash);
+    let sight = Sight { service, key, maglev_hash, now };
+    let chosen = context.scheduler.choose(sight, context.connections);
+    let chosen = chosen.and_then(|slot| Some((slot, forwarding.backend(slot)?)));
+    let (slot, backend) = chosen.unwrap_or((picked.slot, picked.backend));
+    context.counters.count(Event::ConnectionMisses, 1);
+    let remembered = context.connections.remember(hash, slot, traffic, now);
+    count(remembered, how, context.counters);
+    if matches!(remembered, Remembered::Full | Remembered::NotAdmitted) {
+        return Ok(Selected { slot: picked.slot, backend: picked.backend, how });
+    }
+    context.scheduler.placed(sight, (slot, traffic), context.connections);
+    if chosen.is_some() && how == How::Maglev {
+        how = How::Scheduled;
     }
     Ok(Selected { slot, backend, how })
+}
+
+/// Counts what became of a flow that was not found.
+#[inline(always)]
+fn count(remembered: Remembered, how: How, counters: &Counters) {
+    let event = match remembered {
+        Remembered::Inserted | Remembered::Evicted => Event::ConnectionInserts,
+        Remembered::Renewed if how == How::Reselected => Event::ConnectionReselects,
+        Remembered::Renewed => return,
+        Remembered::Full => Event::ConnectionTableFull,
+        Remembered::NotAdmitted => Event::ConnectionNotAdmitted,
+    };
+    counters.count(event, 1);
+    if remembered == Remembered::Evicted {
+        counters.count(Event::ConnectionEvictions, 1);
+    }
 }
 
 /// What the packet is for.
@@ -206,25 +262,34 @@ fn select_for_error<'a>(
     if let Found::Live((slot, backend), _) = context.connections.find(hash, context.now, judge) {
         return Ok(Selected { slot, backend, how: How::Remembered });
     }
-    let elsewhere = context.peers.iter().find_map(|peer| peer.find(hash, context.now, judge));
+    let elsewhere =
+        context.scheduler.peers().iter().find_map(|peer| peer.find(hash, context.now, judge));
     if let Some((slot, backend)) = elsewhere {
         return Ok(Selected { slot, backend, how: How::RememberedElsewhere });
     }
+    let service = service.and_then(|index| forwarding.service(index));
     let service = service.ok_or(DropReason::IcmpUnmatched)?;
-    let (slot, backend) = pick(flow, forwarding, service)?;
+    let Picked { slot, backend, .. } = pick(flow, forwarding, service)?;
     Ok(Selected { slot, backend, how: How::Maglev })
 }
 
-/// Asks the service's Maglev table, which answers alike on every worker and node (I5).
+/// Maglev's answer.
+struct Picked<'a> {
+    slot: Slot,
+    backend: &'a Backend,
+    /// What it was asked with.
+    hash: u64,
+}
+
+/// Asks Maglev, which answers alike on every worker and node (I5).
 #[inline(always)]
 fn pick<'a>(
     flow: &Flow,
     forwarding: &'a Forwarding,
-    service: u32,
-) -> Result<(Slot, &'a Backend), DropReason> {
-    let hash = flow.key.hash(forwarding.maglev_key());
-    let slot = forwarding.service(service).and_then(|service| service.maglev.pick(hash));
-    let slot = slot.ok_or(DropReason::NoBackend)?;
+    service: &Service,
+) -> Result<Picked<'a>, DropReason> {
+    let hash = service.schedule.maglev_hash(&flow.key, forwarding.maglev_key());
+    let slot = service.maglev.pick(hash).ok_or(DropReason::NoBackend)?;
     let backend = forwarding.backend(slot).ok_or(DropReason::NoBackend)?;
-    Ok((slot, backend))
+    Ok(Picked { slot, backend, hash })
 }

@@ -17,6 +17,7 @@ use crate::{
     publish::Subscriber,
     rate_limit::RateLimit,
     reply,
+    schedule::Scheduler,
     select::{self, Context},
     sync::Arc,
     time::Tick,
@@ -43,6 +44,8 @@ pub struct Parts<P> {
     pub hash_key: HashKey,
     /// ICMP errors it may send in a second.
     pub icmp_errors_per_s: u32,
+    /// Its number among the workers.
+    pub id: usize,
 }
 
 /// The number of no port.
@@ -57,7 +60,7 @@ pub struct Worker<P> {
     egress: Vec<u32>,
     pool: Pool,
     connections: Connections,
-    peers: Vec<Reader>,
+    scheduler: Scheduler,
     published: Subscriber<Forwarding>,
     counters: Arc<Counters>,
     hash_key: HashKey,
@@ -78,6 +81,7 @@ impl<P: Port> Worker<P> {
         let interfaces = parts.links.iter().max().map_or(0, |most| most + 1);
         let first_port =
             |link| parts.links.iter().position(|&of| of == link).map_or(NO_PORT, |at| at as u32);
+        let slots = parts.counters.backends();
         Self {
             egress: (0..interfaces).map(first_port).collect(),
             outbound: parts.ports.iter().map(|_| Box::new(Frames::new())).collect(),
@@ -87,8 +91,8 @@ impl<P: Port> Worker<P> {
             ports: parts.ports,
             links: parts.links,
             pool: parts.pool,
-            connections: parts.connections,
-            peers: parts.peers,
+            connections: parts.connections.counting(slots),
+            scheduler: Scheduler::new(slots, parts.id, parts.peers, parts.hash_key),
             published: parts.published,
             counters: parts.counters,
             hash_key: parts.hash_key,
@@ -134,7 +138,7 @@ impl<P: Port> Worker<P> {
             ingress: port as u32,
             egress: &self.egress,
             hash_key: self.hash_key,
-            context: Context::new(&mut self.connections, &self.peers, &self.counters, now),
+            context: Context::new(&mut self.connections, &mut self.scheduler, &self.counters, now),
             pool: &mut self.pool,
             outbound: &mut self.outbound,
             icmp_limit: &mut self.icmp_limit,

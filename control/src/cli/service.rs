@@ -16,7 +16,7 @@ use crate::{
         client::{ClientError, segment},
         resource::{Changed, Service},
     },
-    config::{BackendSpec, Mode, Remark, ServiceSpec},
+    config::{BackendSpec, Mode, Remark, Scheduler, ServiceSpec},
 };
 
 /// How often a change is tried again when another writer was faster.
@@ -98,6 +98,13 @@ pub struct Create {
     /// Whether the outer UDP checksum is computed
     #[arg(long, value_name = "BOOL")]
     udp_checksum: Option<bool>,
+    /// How new connections are placed; IPVS's names mh, rr, wrr, lc, wlc and sh will do as well
+    #[arg(long, value_enum, default_value_t, hide_default_value = true)]
+    scheduler: Scheduler,
+    /// Of the scheduler source: how long after its latest new connection a client keeps its backend while
+    /// others come and go, in seconds, if not 300
+    #[arg(long, value_name = "SECONDS")]
+    affinity_timeout: Option<i64>,
     /// A backend: vtep=10.0.0.2,mac=02:42:0a:00:00:02 and, if wanted, name= weight= vni= port= mtu=
     /// udp_checksum=
     ///
@@ -130,6 +137,12 @@ pub struct Update {
     /// Change a backend's share of new connections; 0 drains it
     #[arg(long, value_name = "NAME=WEIGHT")]
     weight: Vec<Weight>,
+    /// Place new connections in another way; open ones stay
+    #[arg(long, value_enum)]
+    scheduler: Option<Scheduler>,
+    /// Another timeout of the scheduler source, in seconds; see create
+    #[arg(long, value_name = "SECONDS")]
+    affinity_timeout: Option<i64>,
     /// Only if the service is still of this version, as `inspect` shows it
     #[arg(long)]
     if_version: Option<String>,
@@ -303,6 +316,8 @@ impl Create {
             vxlan_port: self.vxlan_port,
             mtu: self.mtu,
             udp_checksum: self.udp_checksum,
+            scheduler: (self.scheduler != Scheduler::default()).then_some(self.scheduler),
+            affinity_timeout_s: self.affinity_timeout,
             backends: Vec::new(),
         };
         add(&mut spec, self.backend);
@@ -349,6 +364,16 @@ impl Update {
         let name = &self.name;
         if let Some(vip) = &self.vip {
             spec.vip = Some(vip.clone());
+        }
+        if let Some(scheduler) = self.scheduler {
+            spec.scheduler = Some(scheduler);
+            // It was the former scheduler's.
+            if scheduler != Scheduler::Source {
+                spec.affinity_timeout_s = None;
+            }
+        }
+        if self.affinity_timeout.is_some() {
+            spec.affinity_timeout_s = self.affinity_timeout;
         }
         let ports = spec.ports.get_or_insert_default();
         for Publish(port) in &self.publish_rm {
@@ -466,6 +491,8 @@ mod tests {
             backend_add: vec!["vtep=10.0.0.9,mac=02:00:00:00:00:09".parse().unwrap()],
             backend_rm: backend_rm.iter().map(|name| (*name).to_owned()).collect(),
             weight: weight.iter().map(|weight| weight.parse().unwrap()).collect(),
+            scheduler: Some(Scheduler::LeastConnections),
+            affinity_timeout: None,
             if_version: None,
             daemon: Daemon::default(),
         };
@@ -476,6 +503,8 @@ mod tests {
             vip: Some("203.0.113.1".to_owned()),
             ports: Some(vec!["80/tcp".to_owned(), "81/tcp".to_owned()]),
             vni: Some(7),
+            scheduler: Some(Scheduler::Source),
+            affinity_timeout_s: Some(60),
             backends: vec![backend("web-1"), backend("web-2")],
             ..ServiceSpec::default()
         };
@@ -483,6 +512,8 @@ mod tests {
         update(&["web-1"], &["web-2=0"]).apply(&mut spec).unwrap();
         assert_eq!(spec.ports.unwrap(), ["81/tcp", "443/udp"]);
         assert_eq!((spec.vip, spec.vni), (before.vip.clone(), before.vni));
+        assert_eq!(spec.scheduler, Some(Scheduler::LeastConnections));
+        assert_eq!(spec.affinity_timeout_s, None, "it was of no use to another scheduler");
         assert_eq!(spec.backends[0].weight, Some(0));
         assert_eq!(spec.backends[1].name.as_deref(), Some("web-1"), "the name is free again");
         let error = update(&["web-3"], &[]).apply(&mut before.clone()).unwrap_err();

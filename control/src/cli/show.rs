@@ -23,11 +23,12 @@ impl fmt::Display for Listed {
                 service.owner.clone(),
                 service.spec.vip.clone().unwrap_or_default(),
                 service.spec.ports.as_deref().unwrap_or_default().join(" "),
+                service.spec.scheduler.unwrap_or_default().to_string(),
                 format!("{}/{all} active", service.backends.active),
             ]
         };
         let rows: Vec<_> = self.0.iter().map(row).collect();
-        write_table(f, &["NAME", "OWNER", "VIP", "PORTS", "BACKENDS"], &rows)
+        write_table(f, &["NAME", "OWNER", "VIP", "PORTS", "SCHEDULER", "BACKENDS"], &rows)
     }
 }
 

@@ -1,6 +1,9 @@
 //! The configuration as it is written: every key optional, with its place in the text. What a value
 //! may be is for `settings` and `services` to judge; here are only names and types.
 
+use std::fmt;
+
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 use utoipa::ToSchema;
@@ -127,6 +130,8 @@ pub struct Service {
     pub vxlan_port: Key<i64>,
     pub mtu: Key<i64>,
     pub udp_checksum: Option<bool>,
+    pub scheduler: Key<Scheduler>,
+    pub affinity_timeout_s: Key<i64>,
     pub backend: Vec<Spanned<Backend>>,
 }
 
@@ -153,6 +158,38 @@ pub enum Mode {
     Dsr,
     /// Network address translation: not supported yet.
     Nat,
+}
+
+/// How new connections are placed. Each has the names that IPVS has for it, too.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema, ValueEnum,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum Scheduler {
+    /// By a hash of addresses and ports, alike on all nodes (IPVS: mh).
+    #[default]
+    #[serde(alias = "mh")]
+    #[value(alias = "mh")]
+    Maglev,
+    /// In turns, by weight (IPVS: rr, wrr).
+    #[serde(alias = "rr", alias = "wrr")]
+    #[value(aliases = ["rr", "wrr"])]
+    RoundRobin,
+    /// To the backend with the fewest connections for its weight (IPVS: lc, wlc).
+    #[serde(alias = "lc", alias = "wlc")]
+    #[value(aliases = ["lc", "wlc"])]
+    LeastConnections,
+    /// All of a client's connections to one backend (IPVS: sh, with persistence).
+    #[serde(alias = "sh")]
+    #[value(alias = "sh")]
+    Source,
+}
+
+impl fmt::Display for Scheduler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let value = self.to_possible_value().expect("none is hidden");
+        f.write_str(value.get_name())
+    }
 }
 
 /// A value, or the word `auto`.

@@ -3,16 +3,21 @@
 
 use std::{collections::HashMap, net::IpAddr, ops::RangeInclusive, sync::Arc};
 
-use dataplane::wire::{ethernet::MacAddr, vxlan};
+use dataplane::{
+    connections::Timeouts,
+    wire::{ethernet::MacAddr, vxlan},
+};
 use toml::Spanned;
 
 use super::{
     Limits, Maglev, NextHop,
-    file::{self, Key, Mode as WrittenMode},
+    file::{self, Key, Mode as WrittenMode, Scheduler as Written},
     finding::{Report, Span},
     settings::{self, MAX_TABLE_SIZE, number, prime_from},
 };
-use crate::desired::{Backend, Desired, Mode, Owner, Protocol, Service, ServicePort, Vni};
+use crate::desired::{
+    Backend, Desired, Mode, Owner, Protocol, Scheduler, Service, ServicePort, Vni,
+};
 
 /// Largest share of new connections that one backend can have.
 const MAX_WEIGHT: u16 = 1000;
@@ -22,6 +27,8 @@ const MIN_MTU_IPV4: u16 = 576;
 const MIN_MTU_IPV6: u16 = 1280;
 /// Largest jumbo frame in common use.
 const MAX_MTU: u16 = 9216;
+/// IPVS's persistence lasts as long by default.
+const AFFINITY_TIMEOUT_S: u32 = 300;
 /// Places in the Maglev table that each backend needs to get its share to within a percent.
 const PLACES_PER_BACKEND: usize = 100;
 
@@ -111,6 +118,7 @@ fn service(
         claim(name, vip, ports, published, report);
     }
     let ports = ports.map(|ports| ports.into_iter().map(|(port, _)| port).collect::<Vec<_>>());
+    let scheduler = scheduler(keys, ports.as_deref().unwrap_or(&[]), report);
     let backends = backends(keys, vip, ports.as_deref().unwrap_or(&[]), published, report);
     Some(Service {
         owner: Owner::File,
@@ -119,8 +127,36 @@ fn service(
         vip: vip?,
         ports: ports?,
         mode: Mode::Dsr,
+        scheduler,
         backends,
     })
+}
+
+fn scheduler(service: &file::Service, ports: &[ServicePort], report: &mut Report) -> Scheduler {
+    let written = service.scheduler.as_ref().map(|key| *key.get_ref()).unwrap_or_default();
+    let timeout = (AFFINITY_TIMEOUT_S, 0..=Timeouts::MAX_AFFINITY_S);
+    let timeout_s = number("affinity_timeout_s", &service.affinity_timeout_s, timeout, report);
+    if let Some(key) = &service.affinity_timeout_s
+        && written != Written::Source
+    {
+        let message = format!("`affinity_timeout_s` is set, but the scheduler is `{written}`");
+        report.error(key.span(), message, "leave it out, or have `scheduler = \"source\"`");
+    }
+    // They place what begins, and SCTP's first packet is not told from its others.
+    let sctp = ports.iter().find(|port| port.protocol == Protocol::Sctp);
+    if let (Some(key), Some(port)) = (&service.scheduler, sctp)
+        && let Written::RoundRobin | Written::LeastConnections = written
+    {
+        let message = format!("`scheduler` is `{written}`, but {port} is published");
+        let remedy = "for SCTP it is `maglev` or `source`; other ports can be another service's";
+        report.error(key.span(), message, remedy);
+    }
+    match written {
+        Written::Maglev => Scheduler::Maglev,
+        Written::RoundRobin => Scheduler::RoundRobin,
+        Written::LeastConnections => Scheduler::LeastConnections,
+        Written::Source => Scheduler::Source { timeout_s },
+    }
 }
 
 /// Nobody else may have published the ports.

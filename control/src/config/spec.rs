@@ -12,7 +12,7 @@ use utoipa::{
     openapi::schema::{ArrayBuilder, ObjectBuilder, OneOfBuilder, Schema, SchemaFormat, Type},
 };
 
-pub use super::file::Mode;
+pub use super::file::{Mode, Scheduler};
 use super::{
     Maglev,
     file::{self, Key},
@@ -61,6 +61,15 @@ pub struct ServiceSpec {
     /// Whether the outer UDP checksum is computed: over IPv6 only if left out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub udp_checksum: Option<bool>,
+    /// How new connections are placed: `maglev` if left out. What a connection was given it keeps, also if
+    /// this changes. IPVS's names are understood too: `mh`, `rr`, `wrr`, `lc`, `wlc` and `sh`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scheduler: Option<Scheduler>,
+    /// Of the scheduler `source`: for so many seconds after its latest new connection a client keeps its
+    /// backend while others come and go. 300 if left out; 0: as long as none does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 0, maximum = 14400, example = json!(null))]
+    pub affinity_timeout_s: Option<i64>,
     /// Who serves it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub backends: Vec<BackendSpec>,
@@ -205,6 +214,7 @@ impl From<&Service> for ServiceSpec {
             udp_checksum: backend.udp_checksum,
             target_port: None,
         };
+        let (scheduler, affinity_timeout_s) = service.scheduler.written();
         Self {
             name: Some(service.name.clone()),
             vip: Some(service.vip.to_string()),
@@ -214,6 +224,8 @@ impl From<&Service> for ServiceSpec {
             vxlan_port: None,
             mtu: None,
             udp_checksum: None,
+            scheduler: Some(scheduler),
+            affinity_timeout_s,
             backends: service.backends.iter().map(backend).collect(),
         }
     }
@@ -251,6 +263,8 @@ impl Places {
             vxlan_port: self.key("", "vxlan_port", &spec.vxlan_port),
             mtu: self.key("", "mtu", &spec.mtu),
             udp_checksum: spec.udp_checksum,
+            scheduler: self.key("", "scheduler", &spec.scheduler),
+            affinity_timeout_s: self.key("", "affinity_timeout_s", &spec.affinity_timeout_s),
             backend: backends,
         };
         self.place(String::new(), service)

@@ -4,7 +4,7 @@
 use std::{collections::BTreeSet, sync::Arc};
 
 use super::*;
-use crate::desired::{Backend, Mode, Owner, Protocol, Service, ServicePort, Vni};
+use crate::desired::{Backend, Mode, Owner, Protocol, Scheduler, Service, ServicePort, Vni};
 
 const EXAMPLE: &str = include_str!("../../../config/example.toml");
 
@@ -79,6 +79,7 @@ fn a_service_as_a_user_writes_it_is_understood() {
                 port(443, Protocol::Udp)
             ],
             mode: Mode::Dsr,
+            scheduler: Scheduler::Maglev,
             backends: vec![Backend {
                 name: "web-1".to_owned(),
                 vtep: "10.0.0.2".parse().unwrap(),
@@ -91,6 +92,60 @@ fn a_service_as_a_user_writes_it_is_understood() {
             }],
         })]
     );
+}
+
+#[test]
+fn a_scheduler_has_the_name_that_ipvs_has_for_it_and_is_shown_by_its_own() {
+    let scheduler = |line: &str| {
+        let text = spoiled("mode = \"dsr\"\n", &format!("{line}\n"));
+        let service = config(&text).desired.services[0].clone();
+        (service.scheduler, ServiceSpec::from(&*service))
+    };
+    let shown = |name: &str| {
+        let (_, spec) = scheduler(&format!("scheduler = \"{name}\""));
+        serde_json::to_value(spec).unwrap()["scheduler"].as_str().unwrap().to_owned()
+    };
+    for (name, names) in [
+        ("maglev", &["mh"][..]),
+        ("round-robin", &["rr", "wrr"]),
+        ("least-connections", &["lc", "wlc"]),
+        ("source", &["sh"]),
+    ] {
+        assert_eq!(shown(name), name);
+        assert!(names.iter().all(|other| shown(other) == name));
+    }
+    assert_eq!(scheduler("").0, Scheduler::Maglev);
+    assert_eq!(scheduler("scheduler = \"sh\"").0, Scheduler::Source { timeout_s: 300 });
+    let (with_timeout, spec) = scheduler("scheduler = \"source\"\naffinity_timeout_s = 60");
+    assert_eq!(with_timeout, Scheduler::Source { timeout_s: 60 });
+    assert_eq!(spec.affinity_timeout_s, Some(60));
+}
+
+#[test]
+fn a_scheduler_that_cannot_be_is_refused_with_what_would_be_right() {
+    let refused = |bad: &str, ports: &str| {
+        let text = spoiled("mode = \"dsr\"\n", &format!("{bad}\n"));
+        errors(&text.replace("\"443/udp\"", ports))
+    };
+    assert_eq!(
+        refused("scheduler = \"lc\"", "\"443/sctp\""),
+        ["w.toml:11:13: `scheduler` is `least-connections`, but 443/sctp is published: \
+          for SCTP it is `maglev` or `source`; other ports can be another service's"]
+    );
+    assert_eq!(refused("scheduler = \"source\"", "\"443/sctp\""), [""; 0]);
+    assert_eq!(
+        refused("scheduler = \"rr\"\naffinity_timeout_s = 60", "\"443/udp\""),
+        ["w.toml:12:22: `affinity_timeout_s` is set, but the scheduler is `round-robin`: \
+          leave it out, or have `scheduler = \"source\"`"]
+    );
+    assert_eq!(
+        refused("scheduler = \"source\"\naffinity_timeout_s = 14401", "\"443/udp\""),
+        ["w.toml:12:22: `affinity_timeout_s` is 14401, out of its range: 0 to 14400"]
+    );
+    let unknown = refused("scheduler = \"dh\"", "\"443/udp\"").join("\n");
+    for part in ["w.toml:11:13: ", "`dh`", "`maglev`", "`round-robin`", "`source`"] {
+        assert!(unknown.contains(part), "no {part} in {unknown}");
+    }
 }
 
 #[test]

@@ -217,6 +217,33 @@ fn an_unchanged_maglev_table_is_shared_between_plans() {
 }
 
 #[test]
+fn a_schedule_is_among_those_that_take_new_connections_and_unchanged_it_is_shared() {
+    let mut world = World::new(TWO, &["10.0.0.2", "10.0.0.3"]);
+    let mut planner = planner(16);
+    let mut schedule = |world: &World| {
+        let plan = planner.plan(&world.inputs(), Tick(0)).unwrap();
+        plan.forwarding.service(0).unwrap().schedule.clone()
+    };
+    let order = |schedule: &Schedule| match schedule {
+        Schedule::RoundRobin(cycle) => (Arc::as_ptr(cycle), cycle.order().to_vec()),
+        other => panic!("{other:?}"),
+    };
+    assert!(schedule(&world).is_plain());
+    Arc::make_mut(&mut world.config.desired.services[0]).scheduler = Scheduler::RoundRobin;
+    let first = schedule(&world);
+    assert_eq!(order(&first).1, [0, 1]);
+    world.set("10.0.0.2", |hop| hop.dst_mac = MacAddr([2, 9, 9, 9, 9, 9]));
+    assert_eq!(order(&schedule(&world)), order(&first));
+    Arc::make_mut(&mut world.config.desired.services[0]).backends[0].weight = 2;
+    assert_eq!(order(&schedule(&world)).1, [0, 1, 0]);
+    world.lose("10.0.0.3");
+    assert_eq!(order(&schedule(&world)).1, [0]);
+    let source = Scheduler::Source { timeout_s: 60 };
+    Arc::make_mut(&mut world.config.desired.services[0]).scheduler = source;
+    assert_eq!(schedule(&world).affinity_timeout_s(), Some(60));
+}
+
+#[test]
 fn an_unreachable_backend_takes_no_new_connections_while_another_can() {
     let mut world = World::new(TWO, &["10.0.0.2", "10.0.0.3"]);
     assert_eq!(takers(&world.plan()), [0, 1].into());

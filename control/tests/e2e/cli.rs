@@ -7,7 +7,7 @@ use std::{
 
 use crate::{
     api::bare_lab,
-    client::{NO_ERRORS, VIP4, get, load},
+    client::{Held, NO_ERRORS, VIP4, get, load, parse, start_holding},
     daemon::{Daemon, WIREMESH},
     lab::Lab,
 };
@@ -124,7 +124,7 @@ fn a_service_lives_on_the_command_line() {
     let line = list.lines().nth(1).unwrap();
     assert_eq!(
         line.split_whitespace().collect::<Vec<_>>(),
-        ["web", "api", "203.0.113.10", "80/tcp", "2/2", "active"]
+        ["web", "api", "203.0.113.10", "80/tcp", "maglev", "2/2", "active"]
     );
     assert!(done("service inspect web").contains("name = \"web-2\""));
     let nodes = done("node ls");
@@ -191,6 +191,66 @@ fn a_service_lives_on_the_command_line() {
     assert!(usage.2.contains("mode dsr") && usage.2.contains("has to be 80"), "{}", usage.2);
     assert_eq!(done("service rm web"), "web removed\n");
     assert_eq!(done("service ls").lines().count(), 1);
+}
+
+#[test]
+fn another_scheduler_places_the_next_connections_and_moves_no_open_one() {
+    let lab = bare_lab();
+    let _daemon = Daemon::start(&lab, "n1");
+    let socket = lab.file("n1.sock").to_str().unwrap().to_owned();
+    let asked = |words: &str| {
+        let mut run = Command::new(WIREMESH);
+        printed(run.args(words.split(' ')).args(["--socket", &socket]).output().unwrap())
+    };
+    let done = |words: &str| {
+        let (code, said, complaint) = asked(words);
+        assert_eq!((code, &*complaint), (Some(0), ""), "{words}");
+        said
+    };
+    done(
+        "service create --name web --vip 203.0.113.10 --publish 80 --vni 100 --scheduler wrr \
+         --backend name=b1,weight=3,vtep=10.77.0.101,mac=02:00:00:00:02:01 \
+         --backend name=b2,vtep=10.77.0.102,mac=02:00:00:00:02:02",
+    );
+    assert!(done("service ls").contains("round-robin"));
+    // One worker, and nothing is lost: each turn is taken once.
+    let turns = load(&lab, VIP4, 80);
+    assert_eq!(turns.errors, NO_ERRORS);
+    assert_eq!((turns.backends["b1"], turns.backends["b2"]), (60, 20));
+    let tuple = "explain tcp 198.51.100.7:45001 203.0.113.10:80";
+    let said = done(tuple);
+    assert!(said.contains("backend  any of 2; b") && said.contains("in turn"), "{said}");
+
+    let holding = start_holding(&lab, VIP4, 12, 6);
+    done("service update web --scheduler lc --weight b1=1");
+    let spread = load(&lab, VIP4, 60);
+    // Of the twelve b1 has nine, b2 three; and what ends counts no more.
+    assert_eq!((spread.errors, spread.backends), (NO_ERRORS, [("b2".to_owned(), 60)].into()));
+    done("service update web --scheduler source --affinity-timeout 60");
+    let bound = load(&lab, VIP4, 30);
+    assert_eq!((bound.errors, bound.backends.len()), (NO_ERRORS, 1), "one client, one backend");
+    let held: Vec<Held> = parse(&holding.finish());
+    assert!(held.iter().all(|connection| connection.outcome == "kept"), "{held:?}");
+    let of = |name| held.iter().filter(|held| held.backend.as_deref() == Some(name)).count();
+    assert_eq!((of("b1"), of("b2")), (9, 3));
+
+    let [backend] = bound.backends.keys().collect::<Vec<_>>()[..] else { panic!("there is one") };
+    let said = done(tuple);
+    assert!(said.contains(&format!("backend  {backend}")), "{said}");
+    assert!(said.contains("as worker 0 remembers, no longer ago than 60 s"), "{said}");
+    let inspected = done("service inspect web");
+    assert!(inspected.contains("scheduler = \"source\"\n"), "{inspected}");
+    assert!(inspected.contains("affinity_timeout_s = 60\n"), "{inspected}");
+
+    done("service update web --scheduler maglev");
+    assert!(!done("service inspect web").contains("affinity_timeout_s"));
+    let (code, _, complaint) = asked("service update web --affinity-timeout 60");
+    assert_eq!(code, Some(1));
+    assert!(
+        complaint.contains("`affinity_timeout_s` is set, but the scheduler is `maglev`")
+            && complaint.contains("/affinity_timeout_s: leave it out"),
+        "{complaint}"
+    );
 }
 
 #[test]

@@ -74,7 +74,8 @@ struct Known {
 impl Known {
     /// How long it is certainly remembered, and when it is certainly forgotten, in milliseconds.
     fn lifetime_ms(&self) -> (u64, u64) {
-        let Timeouts { unconfirmed_s, tcp_idle_s, tcp_closing_s, udp_idle_s } = Timeouts::default();
+        let Timeouts { unconfirmed_s, tcp_idle_s, tcp_closing_s, udp_idle_s, .. } =
+            Timeouts::default();
         let (seconds, unit_ms) = match self.state {
             State::Opening | State::Ended => (unconfirmed_s, 64),
             State::NewStream | State::Stream => (tcp_idle_s, 65_536),

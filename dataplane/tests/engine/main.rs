@@ -9,6 +9,7 @@ mod packets;
 mod parse;
 mod reference;
 mod rig;
+mod scheduling;
 mod script;
 mod selection;
 mod turn;

@@ -22,6 +22,7 @@ use dataplane::{
         sim::{self, SimPort},
     },
     publish::{Publisher, Subscriber},
+    schedule::{Schedule, Taker},
     time::Tick,
     wire::ethernet::MacAddr,
     worker::{Parts, Worker},
@@ -111,22 +112,55 @@ impl BackendSpec {
     }
 }
 
+/// How services place new flows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Scheduled {
+    Maglev,
+    RoundRobin,
+    LeastConnections,
+    /// With a timeout in seconds.
+    Source(u32),
+}
+
+impl Scheduled {
+    fn among(self, takers: &[Taker]) -> Schedule {
+        match self {
+            Self::Maglev => Schedule::Maglev,
+            Self::RoundRobin => Schedule::round_robin(takers),
+            Self::LeastConnections => Schedule::least_connections(takers),
+            Self::Source(timeout_s) => Schedule::source(takers, timeout_s),
+        }
+    }
+}
+
 /// What a snapshot is built from.
 #[derive(Clone, Debug)]
 pub struct World {
     pub links: Vec<Link>,
     pub services: Vec<(Vec<Vip>, Vec<BackendSpec>)>,
     pub answer_arp: bool,
+    /// All its services'.
+    pub scheduled: Scheduled,
 }
 
 impl World {
     /// One link, nothing on it.
     pub fn new() -> Self {
-        Self { links: vec![link(0)], services: Vec::new(), answer_arp: false }
+        Self {
+            links: vec![link(0)],
+            services: Vec::new(),
+            answer_arp: false,
+            scheduled: Scheduled::Maglev,
+        }
     }
 
     pub fn service(mut self, vips: &[Vip], backends: &[BackendSpec]) -> Self {
         self.services.push((vips.to_vec(), backends.to_vec()));
+        self
+    }
+
+    pub fn scheduled(mut self, scheduled: Scheduled) -> Self {
+        self.scheduled = scheduled;
         self
     }
 
@@ -154,7 +188,9 @@ impl World {
                 .map(|(b, name)| Candidate { name, weight: b.weight, slot: b.slot })
                 .collect();
             let maglev = Maglev::build(Size::new(251).unwrap(), &candidates, &maglev_key);
-            services.push(Service { vips: vips.clone(), maglev: Arc::new(maglev) });
+            let takers: Vec<_> = takers(backends).collect();
+            let schedule = self.scheduled.among(&takers);
+            services.push(Service { vips: vips.clone(), maglev: Arc::new(maglev), schedule });
             for spec in backends {
                 slots[spec.slot as usize] = Some(Backend {
                     template: Template::render(&spec.tunnel).unwrap(),
@@ -169,6 +205,12 @@ impl World {
         let common = Common { links, answer_arp, maglev_key };
         Arc::new(Forwarding::new(common, services, slots).unwrap())
     }
+}
+
+/// Those backends that take new flows.
+pub fn takers(backends: &[BackendSpec]) -> impl Iterator<Item = Taker> {
+    let taker = |backend: &BackendSpec| Taker { slot: backend.slot, weight: backend.weight };
+    backends.iter().map(taker).filter(|taker| taker.weight > 0)
 }
 
 /// A link without partial checksums.
@@ -267,6 +309,7 @@ impl Rig {
             counters: Arc::clone(&counters),
             hash_key: hash_key(),
             icmp_errors_per_s: equipment.icmp_errors_per_s,
+            id: 0,
         });
         worker.prepare();
         let mut rig = Self {
@@ -418,6 +461,11 @@ impl Rig {
         let mut sent = self.send(packet);
         assert_eq!(sent.len(), 1, "one packet leaves; {:?}", self.counted());
         sent.remove(0).bytes
+    }
+
+    /// The client of this packet is bound to this backend, as another worker knows.
+    pub fn allow(&mut self, packet: &[u8], slot: Slot) {
+        self.reference.bind(packet, slot);
     }
 
     /// The slot of the backend that this packet goes to.

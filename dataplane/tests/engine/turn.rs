@@ -14,8 +14,8 @@ use proptest::prelude::*;
 use crate::{
     packets::{self, ACK, DATAGRAM, SYN, any_packet, icmp_error},
     rig::{
-        BackendSpec, Equipment, Rig, SCTP, Sent, VIP4, VIP6, World, backend, hash_key, link,
-        node_mac, table,
+        BackendSpec, Equipment, Rig, SCTP, Scheduled, Sent, VIP4, VIP6, World, backend, hash_key,
+        link, node_mac, table,
     },
     script::Script,
 };
@@ -94,13 +94,13 @@ fn any_step() -> impl Strategy<Value = Step> {
         3 => (port, 0_usize..20).prop_map(|(port, most)| Step::Take { port, most }),
         6 => Just(Step::Turn),
         1 => (1_u64..2000).prop_map(|ms| Step::Wait { ms }),
-        1 => (0_usize..4).prop_map(|world| Step::Publish { world }),
+        1 => (0_usize..8).prop_map(|world| Step::Publish { world }),
     ]
 }
 
 /// The same services in different times. At first with backends behind every link, of which one is behind
 /// none of ours.
-fn worlds() -> [(World, Arc<Forwarding>); 4] {
+fn worlds() -> [(World, Arc<Forwarding>); 8] {
     let on = |slot: u32, link: u8| BackendSpec { link, ..backend(slot) };
     let world = |backends4: &[BackendSpec], backends6: &[BackendSpec]| {
         let mut world = World::new().web4(backends4).web6(backends6);
@@ -135,7 +135,15 @@ fn worlds() -> [(World, Arc<Forwarding>); 4] {
     };
     let mut every_port = world(&[tagged(11)], &[tagged(12)]);
     every_port.services.iter_mut().flat_map(|(vips, _)| vips).for_each(|vip| vip.port = 0);
-    [world(&all4, &all6), world(&changed4, &changed6), full, every_port].map(|world| {
+    let [all, changed] = [world(&all4, &all6), world(&changed4, &changed6)];
+    let scheduled = [
+        all.clone().scheduled(Scheduled::RoundRobin),
+        changed.clone().scheduled(Scheduled::LeastConnections),
+        all.clone().scheduled(Scheduled::Source(1)),
+        changed.clone().scheduled(Scheduled::Source(1)),
+    ];
+    let [turns, fewest, bound, bound_changed] = scheduled;
+    [all, changed, full, every_port, turns, fewest, bound, bound_changed].map(|world| {
         let forwarding = world.forwarding();
         (world, forwarding)
     })
@@ -200,7 +208,13 @@ proptest! {
 
 /// Nodes that can do much, or little. What they forget, they forget soon.
 fn nodes(peer: Reader) -> [Equipment; 4] {
-    let timeouts = Timeouts { unconfirmed_s: 1, tcp_idle_s: 1, tcp_closing_s: 1, udp_idle_s: 1 };
+    let timeouts = Timeouts {
+        unconfirmed_s: 1,
+        tcp_idle_s: 1,
+        tcp_closing_s: 1,
+        udp_idle_s: 1,
+        affinity_s: 1,
+    };
     let node = |frames, ring_size, ports: usize, icmp_errors_per_s| Equipment {
         frames,
         ring_size,
@@ -234,7 +248,7 @@ fn steps(script: &mut Script<'_>) -> Vec<Step> {
             5 => Step::Turn,
             6 => Step::Take { port, most: script.byte().into() },
             _ if choice & 0x40 == 0 => Step::Wait { ms: 8 * u64::from(script.byte()) },
-            _ => Step::Publish { world: port },
+            _ => Step::Publish { world: usize::from(choice >> 3) % 8 },
         });
     }
     steps

@@ -23,7 +23,7 @@ use super::{
     },
     parse::{Meaning, behind_tags, parse},
 };
-use crate::rig::{BackendSpec, Equipment, World, hash_key};
+use crate::rig::{BackendSpec, Equipment, Scheduled, World, hash_key, takers};
 
 /// The reference node.
 pub struct Node {
@@ -35,6 +35,10 @@ pub struct Node {
     arrived: Vec<VecDeque<Arrival>>,
     /// All backends that a flow can be remembered with.
     given: HashMap<FlowKey, BTreeSet<Slot>>,
+    /// All that a client can be bound to, by its address and the VIP's.
+    bound: HashMap<(Address, Address), BTreeSet<Slot>>,
+    /// The number of each flow's last packet.
+    latest: HashMap<FlowKey, u64>,
     /// Of what was taken through a turn and not yet seen again.
     leaving: VecDeque<Leaving>,
     taken: u64,
@@ -49,7 +53,10 @@ struct Arrival {
 }
 
 /// What may become of a packet.
+#[derive(Default)]
 struct Fate {
+    /// The backend it goes to.
+    slot: Option<Slot>,
     port: usize,
     /// What leaves by the port, in this order. Each has two right forms.
     frames: VecDeque<[Vec<u8>; 2]>,
@@ -61,15 +68,17 @@ struct Leaving {
     number: u64,
     key: Option<FlowKey>,
     fates: Vec<Fate>,
+    /// If a scheduler may have chosen: what the flow was given before, or has from Maglev.
+    otherwise: Option<BTreeSet<Slot>>,
 }
 
 impl Fate {
     fn dropped(reason: DropReason) -> Self {
-        Self { port: 0, frames: VecDeque::new(), drops: vec![reason] }
+        Self { drops: vec![reason], ..Self::default() }
     }
 
     fn leaves(port: usize, bytes: [Vec<u8>; 2]) -> Self {
-        Self { port, frames: [bytes].into(), drops: vec![TxRingFull] }
+        Self { port, frames: [bytes].into(), drops: vec![TxRingFull], slot: None }
     }
 
     fn answer(port: usize, bytes: Vec<u8>) -> Self {
@@ -93,6 +102,8 @@ impl Node {
             arrived: equipment.links.iter().map(|_| VecDeque::new()).collect(),
             equipment,
             given: HashMap::new(),
+            bound: HashMap::new(),
+            latest: HashMap::new(),
             leaving: VecDeque::new(),
             taken: 0,
             left: HashMap::new(),
@@ -119,17 +130,19 @@ impl Node {
             for arrival in self.arrived[port].drain(..burst).collect::<Vec<_>>() {
                 let packet = parse(&arrival.bytes);
                 let key = packet.as_ref().ok().map(|packet| packet.key);
+                self.taken += 1;
+                let mut otherwise = None;
                 let fates = match packet {
-                    Ok(packet) => self.fates(port, &arrival, &packet, now),
+                    Ok(packet) => self.fates(port, &arrival, &packet, now, &mut otherwise),
                     Err(reason) => vec![Fate::dropped(reason)],
                 };
                 for (reason, [least, most]) in &mut drops {
                     *least += u64::from(fates.iter().all(|fate| fate.is_certain(*reason)));
                     *most += fates.iter().map(|fate| fate.most(*reason)).max().unwrap_or(0);
                 }
-                self.taken += 1;
                 if fates.iter().any(|fate| !fate.frames.is_empty()) {
-                    self.leaving.push_back(Leaving { number: self.taken, key, fates });
+                    let number = self.taken;
+                    self.leaving.push_back(Leaving { number, key, fates, otherwise });
                 }
             }
         }
@@ -161,6 +174,12 @@ impl Node {
         fate.frames.drain(..=fits(&fate).expect("it fits"));
         if let Some(key) = leaving.key {
             self.left.insert((port, key), leaving.number);
+            // Now it is known what the scheduler chose, and the flow has to stay there.
+            if let (Some(otherwise), Some(slot)) = (&leaving.otherwise, fate.slot)
+                && self.latest.get(&key) == Some(&leaving.number)
+            {
+                self.given.insert(key, otherwise.iter().copied().chain([slot]).collect());
+            }
         }
         leaving.fates = vec![fate];
         if leaving.fates[0].frames.is_empty() {
@@ -173,13 +192,27 @@ impl Node {
         self.leaving.clear();
     }
 
+    /// A client is bound to a backend, as another worker knows.
+    pub fn bind(&mut self, packet: &[u8], slot: Slot) {
+        let key = parse(packet).expect("it is a packet").key;
+        self.bound.entry((key.src, key.dst)).or_default().insert(slot);
+    }
+
     /// What is remembered of connections is gone.
     pub fn forget(&mut self) {
         self.given.clear();
+        self.bound.clear();
         self.left.clear();
     }
 
-    fn fates(&mut self, port: usize, arrival: &Arrival, packet: &Meaning, now: Tick) -> Vec<Fate> {
+    fn fates(
+        &mut self,
+        port: usize,
+        arrival: &Arrival,
+        packet: &Meaning,
+        now: Tick,
+        otherwise: &mut Option<BTreeSet<Slot>>,
+    ) -> Vec<Fate> {
         let frame = &arrival.bytes;
         let link = self.world.links[self.equipment.links[port]];
         if !is_for_us(frame, packet.kind, link) {
@@ -189,7 +222,9 @@ impl Node {
         let is_vip = self.vips().any(|vip| vip.address == address);
         let owner = is_vip && self.world.answer_arp;
         let fate = match packet.kind {
-            Kind::Packet | Kind::IcmpError => return self.tunnel_fates(port, arrival, packet, now),
+            Kind::Packet | Kind::IcmpError => {
+                return self.tunnel_fates(port, arrival, packet, now, otherwise);
+            }
             Kind::Echo if is_vip && can_be_answered(packet) => {
                 Fate::answer(port, echo_reply(frame, packet, link.mac))
             }
@@ -231,33 +266,49 @@ impl Node {
         arrival: &Arrival,
         packet: &Meaning,
         now: Tick,
+        otherwise: &mut Option<BTreeSet<Slot>>,
     ) -> Vec<Fate> {
         let Some(service) = self.service(&packet.key) else {
             let error = packet.kind == Kind::IcmpError;
             return vec![Fate::dropped(if error { IcmpUnmatched } else { NoService })];
         };
-        let slots = self.slots(service, packet, now);
+        let slots = self.slots(service, packet, now, otherwise);
         let backends = &self.world.services[service].1;
         let backend = |slot| backends.iter().find(|backend| backend.slot == slot);
         let fate = |slot: Option<Slot>| match slot.and_then(backend) {
-            Some(backend) => self.fate(port, arrival, packet, backend),
+            Some(backend) => Fate { slot, ..self.fate(port, arrival, packet, backend) },
             None => Fate::dropped(NoBackend),
         };
         slots.into_iter().map(fate).collect()
     }
 
-    /// The backends that the packet may go to: Maglev's, or one that the flow was given before.
-    fn slots(&mut self, service: usize, packet: &Meaning, now: Tick) -> BTreeSet<Option<Slot>> {
+    /// The backends that the packet may go to: Maglev's, one that the flow was given before, or, if it begins
+    /// with this packet, one that the scheduler may choose.
+    fn slots(
+        &mut self,
+        service: usize,
+        packet: &Meaning,
+        now: Tick,
+        otherwise: &mut Option<BTreeSet<Slot>>,
+    ) -> BTreeSet<Option<Slot>> {
         let key = &packet.key;
         let maglev = &self.forwarding.service(service as u32).expect("it is there").maglev;
-        let picked = maglev.pick(key.hash(self.forwarding.maglev_key()));
+        let scheduled = self.world.scheduled;
+        let asked = match scheduled {
+            Scheduled::Source(_) => FlowKey { src_port: 0, dst_port: 0, protocol: 0, ..*key },
+            _ => *key,
+        };
+        let picked = maglev.pick(asked.hash(self.forwarding.maglev_key()));
         let mut slots = BTreeSet::from([picked]);
         let is_syn = packet.tcp_flags & 0x12 == 0x02;
-        if is_syn {
+        if is_syn && scheduled == Scheduled::Maglev {
             self.given.entry(*key).or_default().extend(picked);
             return slots;
         }
         let is_datagram = packet.protocol == 17;
+        if packet.kind == Kind::Packet {
+            self.latest.insert(*key, self.taken);
+        }
         let serves = |slot: Slot| {
             let mut backends = self.world.services[service].1.iter();
             backends.any(|backend| backend.slot == slot && (backend.reachable || !is_datagram))
@@ -270,7 +321,25 @@ impl Node {
         let given = self.given.get(key).into_iter().flatten();
         slots.extend(given.filter(|&&slot| serves(slot)).map(|&slot| Some(slot)));
         if packet.kind == Kind::Packet {
-            self.given.entry(*key).or_default().extend(picked);
+            let given = self.given.entry(*key).or_default();
+            given.extend(picked);
+            if is_syn || is_datagram {
+                *otherwise = Some(given.clone());
+                let bound = self.bound.entry((key.src, key.dst)).or_default();
+                let chosen: BTreeSet<Slot> = takers(&self.world.services[service].1)
+                    .map(|taker| taker.slot)
+                    .filter(|slot| match scheduled {
+                        Scheduled::Maglev => false,
+                        Scheduled::RoundRobin | Scheduled::LeastConnections => true,
+                        Scheduled::Source(timeout_s) => timeout_s > 0 && bound.contains(slot),
+                    })
+                    .collect();
+                given.extend(&chosen);
+                slots.extend(chosen.into_iter().map(Some));
+                if let Scheduled::Source(_) = scheduled {
+                    bound.extend(slots.iter().flatten());
+                }
+            }
         }
         slots
     }
@@ -305,7 +374,7 @@ impl Node {
             let frames: VecDeque<_> = pieces.iter().map(|ip| forms(&piece, ip)).collect();
             let drops = frames.iter().map(|_| if has_room { TxRingFull } else { NoHeadroom });
             let drops = drops.chain([NoFrame, TxRingFull]).collect();
-            return Fate { port, frames, drops };
+            return Fate { port, frames, drops, slot: None };
         }
         if packet.kind == Kind::IcmpError || !can_be_answered(packet) {
             return Fate::dropped(TooBigSilent);
