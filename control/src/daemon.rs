@@ -25,6 +25,7 @@ use dataplane::{
     steer,
     time::Tick,
 };
+use foldhash::HashSet;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::watch,
@@ -37,7 +38,7 @@ use crate::{
     api::{Api, ApiSocket, Changes, Refusal, SocketError, TcpDoor, TcpError},
     causes,
     config::{Config, Exceeded, LoadError, Warning},
-    desired::{Conflict, Service, join},
+    desired::{Conflict, Desired, Service, join},
     link::{self, LinkError},
     next_hop::{Hops, NextHopError, NextHops},
     plan::{Inputs, Interface, Placement, Plan, PlanError, Planner, Settings, SteerKey},
@@ -53,7 +54,7 @@ const RESOLVE_TIMEOUT: Duration = Duration::from_secs(4);
 /// How long a new configuration waits for them, so that those that answer take connections from its first
 /// packet on. The others join when they are resolved.
 const SETTLE_TIMEOUT: Duration = Duration::from_millis(200);
-/// How long workers get to acknowledge a snapshot; a sleeping one wakes within 100 ms.
+/// How long workers get to acknowledge a snapshot; a sleeping one is woken.
 const ACKNOWLEDGE_TIMEOUT: Duration = Duration::from_millis(500);
 /// How often old snapshots are freed.
 const TICK: Duration = Duration::from_millis(100);
@@ -163,7 +164,7 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
             _ = interrupt.recv() => break Ok(()),
             change = source.next() => daemon.reload(change.cause, change.loaded).await,
             Some(wanted) = wanted.recv() => {
-                let outcome = daemon.want(wanted.services).await;
+                let outcome = daemon.want(wanted.services, wanted.joined).await;
                 // Who is told that it is done shall see it.
                 daemon.show(&shown);
                 let _ = wanted.outcome.send(outcome);
@@ -194,6 +195,15 @@ struct Wanted {
     api: Vec<Arc<Service>>,
 }
 
+impl Wanted {
+    /// Whether these are the very same services.
+    fn is(&self, joined: &Desired) -> bool {
+        let all = self.file.iter().chain(&self.api);
+        self.file.len() + self.api.len() == joined.services.len()
+            && all.zip(&joined.services).all(|(own, joined)| Arc::ptr_eq(own, joined))
+    }
+}
+
 /// The daemon's state.
 struct Daemon {
     /// As it runs: with the services of all sources.
@@ -201,6 +211,8 @@ struct Daemon {
     wanted: Wanted,
     interfaces: Vec<Interface>,
     next_hops: NextHops,
+    /// Whose ways are followed.
+    vteps: BTreeSet<IpAddr>,
     hops: Hops,
     planner: Planner,
     /// Must outlive the workers, so that they free no snapshot.
@@ -227,7 +239,8 @@ impl Daemon {
         let links = link::links(&names).await?;
         let interfaces: Vec<Interface> = links.iter().map(interface).collect();
         let next_hops = NextHops::start(links.iter().map(|link| link.device.index).collect())?;
-        next_hops.want(vteps(&config));
+        let vteps = vteps(&config);
+        next_hops.want(&vteps);
         if !next_hops.settled(RESOLVE_TIMEOUT).await {
             warn!("some next hops are still being resolved; starting without them");
         }
@@ -251,6 +264,7 @@ impl Daemon {
             wanted,
             interfaces,
             next_hops,
+            vteps,
             hops,
             planner,
             fleet,
@@ -292,7 +306,7 @@ impl Daemon {
         next.next_hops = config.next_hops;
         next.node.answer_arp = config.node.answer_arp;
         let wanted = Wanted { file: config.desired.services, api: self.wanted.api.clone() };
-        match self.take_over(next, wanted).await {
+        match self.take_over(next, wanted, None).await {
             Ok(()) => {
                 self.refused = None;
                 info!(?cause, generation = self.generation.get(), "configuration taken over");
@@ -301,10 +315,10 @@ impl Daemon {
         }
     }
 
-    /// What the API wants, all of it.
-    async fn want(&mut self, services: Vec<Arc<Service>>) -> Result<(), Refusal> {
+    /// What the API wants, all of it, and joined with what the file wanted when it was judged.
+    async fn want(&mut self, services: Vec<Arc<Service>>, joined: Desired) -> Result<(), Refusal> {
         let wanted = Wanted { api: services, file: self.wanted.file.clone() };
-        self.take_over(self.config.clone(), wanted).await.map_err(|refused| {
+        self.take_over(self.config.clone(), wanted, Some(joined)).await.map_err(|refused| {
             let sentence = causes::line(causes::of(&refused));
             match changed_something(&refused) {
                 true => Refusal::Failed(sentence),
@@ -313,9 +327,19 @@ impl Daemon {
         })
     }
 
-    /// Goes over to another configuration, or back to this one.
-    async fn take_over(&mut self, mut next: Config, wanted: Wanted) -> Result<(), RunError> {
-        let joined = join(&[&wanted.file, &wanted.api], &next.node.vteps());
+    /// Goes over to another configuration, or back to this one. `joined` is what is wanted, if it has been
+    /// joined already.
+    async fn take_over(
+        &mut self,
+        mut next: Config,
+        wanted: Wanted,
+        joined: Option<Desired>,
+    ) -> Result<(), RunError> {
+        // The file may have changed since.
+        let joined = match joined.filter(|joined| wanted.is(joined)) {
+            Some(joined) => Ok(joined),
+            None => join(&[&wanted.file, &wanted.api], &next.node.vteps()),
+        };
         let admitted = joined.map_err(RunError::from).and_then(|desired| {
             self.config.limits.admit(&desired)?;
             next.desired = desired;
@@ -325,19 +349,23 @@ impl Daemon {
             error!("change refused, the running state stays: {refused}");
             return Err(refused);
         }
-        let outcome = self.go_over(next).await;
+        let vteps = vteps(&next);
+        let outcome = self.go_over(next, &vteps).await;
         if outcome.is_ok() {
-            self.wanted = wanted;
+            (self.wanted, self.vteps) = (wanted, vteps);
         }
         // Nobody else's ways are followed any more, or still.
-        self.next_hops.want(vteps(&self.config));
+        self.next_hops.want(&self.vteps);
         outcome
     }
 
-    async fn go_over(&mut self, next: Config) -> Result<(), RunError> {
-        // Those of the running state too, which may have to stay.
-        self.next_hops.want(&vteps(&self.config) | &vteps(&next));
-        self.next_hops.settled(SETTLE_TIMEOUT).await;
+    async fn go_over(&mut self, next: Config, vteps: &BTreeSet<IpAddr>) -> Result<(), RunError> {
+        // Nobody waits for others that are still being resolved.
+        if !vteps.is_subset(&self.vteps) {
+            // Those of the running state too, which may have to stay.
+            self.next_hops.want(&(&self.vteps | vteps));
+            self.next_hops.settled(SETTLE_TIMEOUT).await;
+        }
         let hops = self.next_hops.subscribe().borrow().clone();
         let before = std::mem::replace(&mut self.config, next);
         let Err(refused) = self.replan(hops.clone()).await else { return Ok(()) };
@@ -362,10 +390,9 @@ impl Daemon {
 
     /// Next hops have changed.
     async fn rehop(&mut self, hops: Hops) {
-        let wanted = vteps(&self.config);
         // One made before all were wanted would take those out of service that it lacks.
-        let complete = wanted.iter().all(|vtep| hops.contains_key(vtep));
-        if !complete || wanted.iter().all(|vtep| hops.get(vtep) == self.hops.get(vtep)) {
+        let complete = self.vteps.iter().all(|vtep| hops.contains_key(vtep));
+        if !complete || self.vteps.iter().all(|vtep| hops.get(vtep) == self.hops.get(vtep)) {
             return;
         }
         if let Err(refused) = self.replan(hops).await {
@@ -484,6 +511,7 @@ impl Daemon {
                 );
                 break;
             }
+            self.fleet.wake();
             time::sleep(Duration::from_millis(1)).await;
         }
         Ok(())
@@ -508,6 +536,7 @@ impl Daemon {
                 warn!("a worker has not taken the new snapshot over in time");
                 break;
             }
+            self.fleet.wake();
             time::sleep(Duration::from_millis(1)).await;
         }
         self.publisher.retire();
@@ -572,8 +601,9 @@ pub fn planner(config: &Config) -> Planner {
 fn vteps(config: &Config) -> BTreeSet<IpAddr> {
     let said = config.next_hops.iter().filter(|hop| hop.interface.is_some());
     let said: BTreeSet<IpAddr> = said.map(|hop| hop.vtep).collect();
-    let vteps = config.desired.backends().map(|(_, backend)| backend.vtep);
-    vteps.filter(|vtep| !said.contains(vtep)).collect()
+    // Many share one: a hash is cheaper than a comparison for each.
+    let all: HashSet<IpAddr> = config.desired.backends().map(|(_, b)| b.vtep).collect();
+    all.into_iter().filter(|vtep| !said.contains(vtep)).collect()
 }
 
 fn steer_key((address, protocol, port): SteerKey) -> steer::Key {

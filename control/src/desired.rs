@@ -1,9 +1,10 @@
 //! What operators want: plain data that every source produces and `plan` reads. It knows no tables, no
 //! kernel and no packets.
 
-use std::{collections::HashMap, fmt, net::IpAddr, str::FromStr, sync::Arc};
+use std::{fmt, net::IpAddr, str::FromStr, sync::Arc};
 
 use dataplane::{flow::protocol, wire::ethernet::MacAddr};
+use foldhash::{HashMap, HashMapExt};
 
 use crate::config::ServiceSpec;
 

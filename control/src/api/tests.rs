@@ -138,7 +138,7 @@ impl Rig {
                 let doors = TcpDoor::open_all(&daemon.config.api).await.unwrap();
                 bound.send(doors.iter().map(TcpDoor::address).collect()).unwrap();
                 let taking = async {
-                    while let Some(Wanted { services, outcome }) = wanted.recv().await {
+                    while let Some(Wanted { services, outcome, .. }) = wanted.recv().await {
                         let _ = outcome.send(daemon.want(&services));
                     }
                 };
