@@ -13,7 +13,7 @@ use std::{
     net::IpAddr,
     path::Path,
     sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use dataplane::{
@@ -175,6 +175,7 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
             }
             _ = tick.tick() => {
                 daemon.publisher.retire();
+                daemon.end_drains().await;
             }
             _ = relink.tick() => if let Err(lost) = daemon.relink().await {
                 break Err(lost);
@@ -220,7 +221,11 @@ struct Daemon {
     publisher: Publisher<Forwarding>,
     generation: Generation,
     backends: Arc<[Placement]>,
+    /// When the next drain ends.
+    drained_at: Option<SystemTime>,
     steered: Steered,
+    /// What was last wanted to be steered, if it is in full.
+    in_step: Option<Arc<BTreeMap<SteerKey, bool>>>,
     refused: Option<String>,
     /// Rx queues of each interface.
     rx_queues: Vec<u32>,
@@ -271,7 +276,9 @@ impl Daemon {
             publisher,
             generation,
             backends: plan.backends.into(),
+            drained_at: plan.drained_at,
             steered: Steered::default(),
+            in_step: None,
             refused: None,
             rx_queues: links.iter().map(|link| link.rx_queues).collect(),
             missing: None,
@@ -400,6 +407,16 @@ impl Daemon {
         }
     }
 
+    /// Gives the connections to others that are left when a drain ends.
+    async fn end_drains(&mut self) {
+        if self.drained_at.is_none_or(|deadline| SystemTime::now() < deadline) {
+            return;
+        }
+        if let Err(refused) = self.replan(self.hops.clone()).await {
+            log_refused("the end of a drain", &refused);
+        }
+    }
+
     /// Follows changes of our own interfaces.
     ///
     /// # Errors
@@ -479,14 +496,23 @@ impl Daemon {
     /// know.
     async fn replan(&mut self, hops: Hops) -> Result<(), RunError> {
         let inputs = inputs(&self.config, &hops, &self.interfaces);
-        let Plan { forwarding, steer, backends } = self.planner.plan(&inputs, self.fleet.now())?;
-        self.steer_less(&steer).await?;
+        let Plan { forwarding, steer, backends, drained_at } =
+            self.planner.plan(&inputs, self.fleet.now())?;
+        let before = self.in_step.take();
+        let in_step = before.is_some_and(|before| Arc::ptr_eq(&before, &steer));
+        if !in_step {
+            self.steer_less(&steer).await?;
+        }
         self.generation = self.publisher.publish(Arc::new(forwarding));
         self.hops = hops;
+        self.drained_at = drained_at;
         let before = std::mem::replace(&mut self.backends, backends.into());
         self.log_unreachable(&before);
         self.acknowledged().await;
-        self.steer_more(&steer)?;
+        if !in_step {
+            self.steer_more(&steer)?;
+        }
+        self.in_step = Some(steer);
         Ok(())
     }
 
@@ -584,6 +610,7 @@ fn inputs<'a>(config: &'a Config, hops: &'a Hops, interfaces: &'a [Interface]) -
         vtep6: config.node.vtep6,
         answer_arp: config.node.answer_arp,
         offline: false,
+        time: SystemTime::now(),
     }
 }
 

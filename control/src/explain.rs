@@ -249,7 +249,7 @@ fn forwarded(service: &Service, placements: &[Placement], backend: &Backend) -> 
     for (backend, placement) in service.backends.iter().zip(placements) {
         match view::state(backend, placement) {
             "active" => takers.push(backend),
-            "draining" => draining.push(backend.name.clone()),
+            "draining" | "drained" => draining.push(backend.name.clone()),
             _ => unreachable.push(backend.name.clone()),
         }
     }

@@ -9,6 +9,7 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::Arc,
+    time::SystemTime,
 };
 
 use dataplane::{
@@ -23,7 +24,7 @@ use dataplane::{
 use self::slots::{Full, Slots};
 use crate::{
     config::NextHop,
-    desired::{Backend, Desired, Service, ServicePort},
+    desired::{Backend, Desired, Drain, Service, ServicePort},
     link::LinkIndex,
     next_hop::HopState,
 };
@@ -64,6 +65,8 @@ pub struct Inputs<'a> {
     pub answer_arp: bool,
     /// Whether there is no kernel to ask: a backend without a known way is sent to zero MAC addresses.
     pub offline: bool,
+    /// What time it is for people: drains may end.
+    pub time: SystemTime,
 }
 
 /// What XDP steers: address, protocol, port; protocol and port 0 for the address itself.
@@ -78,6 +81,8 @@ pub struct Plan {
     pub steer: Arc<BTreeMap<SteerKey, bool>>,
     /// For people: one for each backend, in order of services and backends.
     pub backends: Vec<Placement>,
+    /// When the next drain ends.
+    pub drained_at: Option<SystemTime>,
 }
 
 /// Where a backend ended up.
@@ -87,6 +92,8 @@ pub struct Placement {
     pub slot: Slot,
     /// Why it can't be reached, if so.
     pub unreachable: Option<String>,
+    /// Whether its drain has ended: workers know it no more, and its connections go to others.
+    pub drained: bool,
 }
 
 /// A state that can't be forwarded by.
@@ -157,6 +164,8 @@ struct Planned {
     backends: Vec<forwarding::Backend>,
     placements: Vec<Placement>,
     maglev: Arc<Maglev>,
+    /// When the next drain ends.
+    drained_at: Option<SystemTime>,
 }
 
 /// What a service's backends are rendered by, beside the service itself.
@@ -174,8 +183,8 @@ struct Surroundings {
 /// Whose backends have to be rendered again.
 enum Stale {
     All,
-    /// Those whose tunnels end there.
-    Vteps(HashSet<IpAddr>),
+    /// Those whose tunnels end there, and those whose drain has ended by now.
+    Vteps(HashSet<IpAddr>, SystemTime),
 }
 
 impl Surroundings {
@@ -207,7 +216,7 @@ impl Surroundings {
         }
         let either = self.hops.keys().chain(inputs.hops.keys());
         let other = |vtep: &&IpAddr| self.hops.get(vtep) != inputs.hops.get(vtep);
-        Stale::Vteps(either.filter(other).copied().collect())
+        Stale::Vteps(either.filter(other).copied().collect(), inputs.time)
     }
 }
 
@@ -217,9 +226,11 @@ impl Planned {
         let same = || Arc::ptr_eq(&self.service, service) || self.service == *service;
         match stale {
             Stale::All => false,
-            Stale::Vteps(vteps) if vteps.is_empty() => same(),
-            Stale::Vteps(vteps) => {
-                same() && !service.backends.iter().any(|backend| vteps.contains(&backend.vtep))
+            Stale::Vteps(vteps, time) => {
+                self.drained_at.is_none_or(|deadline| *time < deadline)
+                    && same()
+                    && (vteps.is_empty()
+                        || !service.backends.iter().any(|b| vteps.contains(&b.vtep)))
             }
         }
     }
@@ -263,7 +274,9 @@ impl Planner {
         self.slots.keep();
         self.remember(inputs, &services);
         let placements = services.iter().flat_map(|planned| planned.placements.iter().cloned());
-        Ok(Plan { forwarding, steer: self.steer.clone(), backends: placements.collect() })
+        let drained_at = services.iter().filter_map(|planned| planned.drained_at).min();
+        let (steer, backends) = (self.steer.clone(), placements.collect());
+        Ok(Plan { forwarding, steer, backends, drained_at })
     }
 
     /// All services, in order: as they were, or made anew.
@@ -325,11 +338,15 @@ impl Planner {
             };
             let (rendered, unreachable) = render(surroundings, service, backend)?;
             backends.push(rendered);
-            placements.push(Placement { slot, unreachable });
+            let deadline = backend.drain.and_then(Drain::deadline);
+            let drained = deadline.is_some_and(|deadline| deadline <= surroundings.0.time);
+            placements.push(Placement { slot, unreachable, drained });
         }
+        let deadlines = service.backends.iter().filter_map(|backend| backend.drain?.deadline());
+        let drained_at = deadlines.filter(|deadline| *deadline > surroundings.0.time).min();
         let maglev = self.maglev(service, &placements, before);
         let (service, vips) = (service.clone(), vips(service));
-        Ok(Planned { service, vips, backends, placements, maglev })
+        Ok(Planned { service, vips, backends, placements, maglev, drained_at })
     }
 
     fn take(&mut self, service: &Service, backend: &Backend) -> Result<Slot, PlanError> {
@@ -371,6 +388,9 @@ impl Planner {
         let mut backends: Vec<Option<forwarding::Backend>> = vec![None; self.slots.end()];
         for (index, planned) in services.iter().enumerate() {
             for (backend, placement) in planned.backends.iter().zip(&planned.placements) {
+                if placement.drained {
+                    continue;
+                }
                 let backend = forwarding::Backend { service: index as u32, ..backend.clone() };
                 backends[placement.slot as usize] = Some(backend);
             }

@@ -4,6 +4,7 @@ use dataplane::{encap, parse, port::Pool, port::sim};
 use etherparse::{NetHeaders, PacketBuilder, PacketHeaders, TransportHeader::Udp, VlanHeader};
 
 use proptest::prelude::*;
+use std::time::Duration;
 
 use super::*;
 use crate::{config::Config, link::VlanTag, next_hop::Resolved};
@@ -55,6 +56,7 @@ struct World {
     hops: HashMap<IpAddr, HopState>,
     interfaces: Vec<Interface>,
     offline: bool,
+    time: SystemTime,
 }
 
 impl World {
@@ -71,7 +73,13 @@ impl World {
         let interfaces =
             vec![interface(0, &["10.0.0.1", "fd00::1", "fe80::1"]), interface(1, &["10.1.0.1"])];
         let hops = vteps.iter().map(|vtep| (vtep.parse().unwrap(), resolved(vtep))).collect();
-        Self { config: config(text), hops, interfaces, offline: false }
+        Self {
+            config: config(text),
+            hops,
+            interfaces,
+            offline: false,
+            time: SystemTime::UNIX_EPOCH,
+        }
     }
 
     fn inputs(&self) -> Inputs<'_> {
@@ -84,6 +92,7 @@ impl World {
             vtep6: self.config.node.vtep6,
             answer_arp: self.config.node.answer_arp,
             offline: self.offline,
+            time: self.time,
         }
     }
 
@@ -513,4 +522,25 @@ fn a_service_that_is_as_it_was_is_not_made_again() {
     world.lose("10.0.0.2");
     let (lost, _) = plan(&world);
     assert!(!Arc::ptr_eq(&after[1], &lost[1]), "its way has changed");
+}
+
+#[test]
+fn a_drain_ends_at_its_deadline_and_gives_the_slot_to_nobody() {
+    let mut world = World::new(TWO, &["10.0.0.2", "10.0.0.3"]);
+    let deadline = world.time + Duration::from_secs(600);
+    let drained = &mut Arc::make_mut(&mut world.config.desired.services[0]).backends[1];
+    (drained.weight, drained.drain) = (0, Some(Drain::Until(deadline)));
+    let mut planner = planner(2);
+    let plan = planner.plan(&world.inputs(), Tick(0)).unwrap();
+    assert_eq!((takers(&plan), plan.drained_at), ([0].into(), Some(deadline)));
+    assert!(plan.forwarding.backend(1).is_some(), "its connections stay");
+    world.time = deadline;
+    let plan = planner.plan(&world.inputs(), Tick(0)).unwrap();
+    assert!(plan.forwarding.backend(1).is_none() && plan.backends[1].drained);
+    assert_eq!((plan.backends[1].slot, plan.drained_at), (1, None));
+    // It is wanted again.
+    let back = &mut Arc::make_mut(&mut world.config.desired.services[0]).backends[1];
+    (back.weight, back.drain) = (1, None);
+    let plan = planner.plan(&world.inputs(), Tick(0)).unwrap();
+    assert_eq!((takers(&plan), plan.backends[1].slot), ([0, 1].into(), 1));
 }

@@ -1,5 +1,9 @@
 //! What it must stand: ten thousand services with ten backends each. Takes half a minute and gigabytes, so
-//! it runs only when asked for; `scripts/bench-control` does, on a release build, and prints the figures.
+//! it runs only when asked for, and prints the figures:
+//!
+//! ```text
+//! cargo test --release -p control --test e2e -- --ignored --nocapture ten_thousand
+//! ```
 
 use std::{
     fmt::Write as _,
@@ -100,7 +104,7 @@ fn control_time(pid: &str) -> Duration {
 }
 
 #[test]
-#[ignore = "long; scripts/bench-control runs it on a release build"]
+#[ignore = "takes half a minute, and says something only on a release build"]
 fn ten_thousand_services_are_loaded_in_two_seconds_and_changed_in_fifty_milliseconds() {
     let lab = large_lab();
     let (loaded, daemon) = timed_start(&lab);
