@@ -13,7 +13,7 @@ use std::{
     net::IpAddr,
     path::Path,
     sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use dataplane::{
@@ -25,6 +25,7 @@ use dataplane::{
     steer,
     time::Tick,
 };
+use foldhash::HashSet;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::watch,
@@ -37,7 +38,7 @@ use crate::{
     api::{Api, ApiSocket, Changes, Refusal, SocketError, TcpDoor, TcpError},
     causes,
     config::{Config, Exceeded, LoadError, Warning},
-    desired::{Conflict, Service, join},
+    desired::{Conflict, Desired, Service, join},
     link::{self, LinkError},
     next_hop::{Hops, NextHopError, NextHops},
     plan::{Inputs, Interface, Placement, Plan, PlanError, Planner, Settings, SteerKey},
@@ -53,7 +54,7 @@ const RESOLVE_TIMEOUT: Duration = Duration::from_secs(4);
 /// How long a new configuration waits for them, so that those that answer take connections from its first
 /// packet on. The others join when they are resolved.
 const SETTLE_TIMEOUT: Duration = Duration::from_millis(200);
-/// How long workers get to acknowledge a snapshot; a sleeping one wakes within 100 ms.
+/// How long workers get to acknowledge a snapshot; a sleeping one is woken.
 const ACKNOWLEDGE_TIMEOUT: Duration = Duration::from_millis(500);
 /// How often old snapshots are freed.
 const TICK: Duration = Duration::from_millis(100);
@@ -163,7 +164,7 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
             _ = interrupt.recv() => break Ok(()),
             change = source.next() => daemon.reload(change.cause, change.loaded).await,
             Some(wanted) = wanted.recv() => {
-                let outcome = daemon.want(wanted.services).await;
+                let outcome = daemon.want(wanted.services, wanted.joined).await;
                 // Who is told that it is done shall see it.
                 daemon.show(&shown);
                 let _ = wanted.outcome.send(outcome);
@@ -174,6 +175,7 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
             }
             _ = tick.tick() => {
                 daemon.publisher.retire();
+                daemon.end_drains().await;
             }
             _ = relink.tick() => if let Err(lost) = daemon.relink().await {
                 break Err(lost);
@@ -194,6 +196,15 @@ struct Wanted {
     api: Vec<Arc<Service>>,
 }
 
+impl Wanted {
+    /// Whether these are the very same services.
+    fn is(&self, joined: &Desired) -> bool {
+        let all = self.file.iter().chain(&self.api);
+        self.file.len() + self.api.len() == joined.services.len()
+            && all.zip(&joined.services).all(|(own, joined)| Arc::ptr_eq(own, joined))
+    }
+}
+
 /// The daemon's state.
 struct Daemon {
     /// As it runs: with the services of all sources.
@@ -201,6 +212,8 @@ struct Daemon {
     wanted: Wanted,
     interfaces: Vec<Interface>,
     next_hops: NextHops,
+    /// Whose ways are followed.
+    vteps: BTreeSet<IpAddr>,
     hops: Hops,
     planner: Planner,
     /// Must outlive the workers, so that they free no snapshot.
@@ -208,7 +221,11 @@ struct Daemon {
     publisher: Publisher<Forwarding>,
     generation: Generation,
     backends: Arc<[Placement]>,
+    /// When the next drain ends.
+    drained_at: Option<SystemTime>,
     steered: Steered,
+    /// What was last wanted to be steered, if it is in full.
+    in_step: Option<Arc<BTreeMap<SteerKey, bool>>>,
     refused: Option<String>,
     /// Rx queues of each interface.
     rx_queues: Vec<u32>,
@@ -227,7 +244,8 @@ impl Daemon {
         let links = link::links(&names).await?;
         let interfaces: Vec<Interface> = links.iter().map(interface).collect();
         let next_hops = NextHops::start(links.iter().map(|link| link.device.index).collect())?;
-        next_hops.want(vteps(&config));
+        let vteps = vteps(&config);
+        next_hops.want(&vteps);
         if !next_hops.settled(RESOLVE_TIMEOUT).await {
             warn!("some next hops are still being resolved; starting without them");
         }
@@ -251,13 +269,16 @@ impl Daemon {
             wanted,
             interfaces,
             next_hops,
+            vteps,
             hops,
             planner,
             fleet,
             publisher,
             generation,
             backends: plan.backends.into(),
+            drained_at: plan.drained_at,
             steered: Steered::default(),
+            in_step: None,
             refused: None,
             rx_queues: links.iter().map(|link| link.rx_queues).collect(),
             missing: None,
@@ -292,7 +313,7 @@ impl Daemon {
         next.next_hops = config.next_hops;
         next.node.answer_arp = config.node.answer_arp;
         let wanted = Wanted { file: config.desired.services, api: self.wanted.api.clone() };
-        match self.take_over(next, wanted).await {
+        match self.take_over(next, wanted, None).await {
             Ok(()) => {
                 self.refused = None;
                 info!(?cause, generation = self.generation.get(), "configuration taken over");
@@ -301,10 +322,10 @@ impl Daemon {
         }
     }
 
-    /// What the API wants, all of it.
-    async fn want(&mut self, services: Vec<Arc<Service>>) -> Result<(), Refusal> {
+    /// What the API wants, all of it, and joined with what the file wanted when it was judged.
+    async fn want(&mut self, services: Vec<Arc<Service>>, joined: Desired) -> Result<(), Refusal> {
         let wanted = Wanted { api: services, file: self.wanted.file.clone() };
-        self.take_over(self.config.clone(), wanted).await.map_err(|refused| {
+        self.take_over(self.config.clone(), wanted, Some(joined)).await.map_err(|refused| {
             let sentence = causes::line(causes::of(&refused));
             match changed_something(&refused) {
                 true => Refusal::Failed(sentence),
@@ -313,9 +334,19 @@ impl Daemon {
         })
     }
 
-    /// Goes over to another configuration, or back to this one.
-    async fn take_over(&mut self, mut next: Config, wanted: Wanted) -> Result<(), RunError> {
-        let joined = join(&[&wanted.file, &wanted.api], &next.node.vteps());
+    /// Goes over to another configuration, or back to this one. `joined` is what is wanted, if it has been
+    /// joined already.
+    async fn take_over(
+        &mut self,
+        mut next: Config,
+        wanted: Wanted,
+        joined: Option<Desired>,
+    ) -> Result<(), RunError> {
+        // The file may have changed since.
+        let joined = match joined.filter(|joined| wanted.is(joined)) {
+            Some(joined) => Ok(joined),
+            None => join(&[&wanted.file, &wanted.api], &next.node.vteps()),
+        };
         let admitted = joined.map_err(RunError::from).and_then(|desired| {
             self.config.limits.admit(&desired)?;
             next.desired = desired;
@@ -325,19 +356,23 @@ impl Daemon {
             error!("change refused, the running state stays: {refused}");
             return Err(refused);
         }
-        let outcome = self.go_over(next).await;
+        let vteps = vteps(&next);
+        let outcome = self.go_over(next, &vteps).await;
         if outcome.is_ok() {
-            self.wanted = wanted;
+            (self.wanted, self.vteps) = (wanted, vteps);
         }
         // Nobody else's ways are followed any more, or still.
-        self.next_hops.want(vteps(&self.config));
+        self.next_hops.want(&self.vteps);
         outcome
     }
 
-    async fn go_over(&mut self, next: Config) -> Result<(), RunError> {
-        // Those of the running state too, which may have to stay.
-        self.next_hops.want(&vteps(&self.config) | &vteps(&next));
-        self.next_hops.settled(SETTLE_TIMEOUT).await;
+    async fn go_over(&mut self, next: Config, vteps: &BTreeSet<IpAddr>) -> Result<(), RunError> {
+        // Nobody waits for others that are still being resolved.
+        if !vteps.is_subset(&self.vteps) {
+            // Those of the running state too, which may have to stay.
+            self.next_hops.want(&(&self.vteps | vteps));
+            self.next_hops.settled(SETTLE_TIMEOUT).await;
+        }
         let hops = self.next_hops.subscribe().borrow().clone();
         let before = std::mem::replace(&mut self.config, next);
         let Err(refused) = self.replan(hops.clone()).await else { return Ok(()) };
@@ -362,14 +397,23 @@ impl Daemon {
 
     /// Next hops have changed.
     async fn rehop(&mut self, hops: Hops) {
-        let wanted = vteps(&self.config);
         // One made before all were wanted would take those out of service that it lacks.
-        let complete = wanted.iter().all(|vtep| hops.contains_key(vtep));
-        if !complete || wanted.iter().all(|vtep| hops.get(vtep) == self.hops.get(vtep)) {
+        let complete = self.vteps.iter().all(|vtep| hops.contains_key(vtep));
+        if !complete || self.vteps.iter().all(|vtep| hops.get(vtep) == self.hops.get(vtep)) {
             return;
         }
         if let Err(refused) = self.replan(hops).await {
             log_refused("next hops", &refused);
+        }
+    }
+
+    /// Gives the connections to others that are left when a drain ends.
+    async fn end_drains(&mut self) {
+        if self.drained_at.is_none_or(|deadline| SystemTime::now() < deadline) {
+            return;
+        }
+        if let Err(refused) = self.replan(self.hops.clone()).await {
+            log_refused("the end of a drain", &refused);
         }
     }
 
@@ -452,14 +496,23 @@ impl Daemon {
     /// know.
     async fn replan(&mut self, hops: Hops) -> Result<(), RunError> {
         let inputs = inputs(&self.config, &hops, &self.interfaces);
-        let Plan { forwarding, steer, backends } = self.planner.plan(&inputs, self.fleet.now())?;
-        self.steer_less(&steer).await?;
+        let Plan { forwarding, steer, backends, drained_at } =
+            self.planner.plan(&inputs, self.fleet.now())?;
+        let before = self.in_step.take();
+        let in_step = before.is_some_and(|before| Arc::ptr_eq(&before, &steer));
+        if !in_step {
+            self.steer_less(&steer).await?;
+        }
         self.generation = self.publisher.publish(Arc::new(forwarding));
         self.hops = hops;
+        self.drained_at = drained_at;
         let before = std::mem::replace(&mut self.backends, backends.into());
         self.log_unreachable(&before);
         self.acknowledged().await;
-        self.steer_more(&steer)?;
+        if !in_step {
+            self.steer_more(&steer)?;
+        }
+        self.in_step = Some(steer);
         Ok(())
     }
 
@@ -484,6 +537,7 @@ impl Daemon {
                 );
                 break;
             }
+            self.fleet.wake();
             time::sleep(Duration::from_millis(1)).await;
         }
         Ok(())
@@ -508,6 +562,7 @@ impl Daemon {
                 warn!("a worker has not taken the new snapshot over in time");
                 break;
             }
+            self.fleet.wake();
             time::sleep(Duration::from_millis(1)).await;
         }
         self.publisher.retire();
@@ -555,6 +610,7 @@ fn inputs<'a>(config: &'a Config, hops: &'a Hops, interfaces: &'a [Interface]) -
         vtep6: config.node.vtep6,
         answer_arp: config.node.answer_arp,
         offline: false,
+        time: SystemTime::now(),
     }
 }
 
@@ -572,8 +628,9 @@ pub fn planner(config: &Config) -> Planner {
 fn vteps(config: &Config) -> BTreeSet<IpAddr> {
     let said = config.next_hops.iter().filter(|hop| hop.interface.is_some());
     let said: BTreeSet<IpAddr> = said.map(|hop| hop.vtep).collect();
-    let vteps = config.desired.backends().map(|(_, backend)| backend.vtep);
-    vteps.filter(|vtep| !said.contains(vtep)).collect()
+    // Many share one: a hash is cheaper than a comparison for each.
+    let all: HashSet<IpAddr> = config.desired.backends().map(|(_, b)| b.vtep).collect();
+    all.into_iter().filter(|vtep| !said.contains(vtep)).collect()
 }
 
 fn steer_key((address, protocol, port): SteerKey) -> steer::Key {

@@ -1,9 +1,10 @@
 //! What operators want: plain data that every source produces and `plan` reads. It knows no tables, no
 //! kernel and no packets.
 
-use std::{collections::HashMap, fmt, net::IpAddr, str::FromStr, sync::Arc};
+use std::{fmt, net::IpAddr, str::FromStr, sync::Arc, time::SystemTime};
 
 use dataplane::{flow::protocol, wire::ethernet::MacAddr};
+use foldhash::{HashMap, HashMapExt};
 
 use crate::config::{self, ServiceSpec};
 
@@ -195,6 +196,8 @@ pub struct Backend {
     pub mac: MacAddr,
     /// Its share of new connections; 0 drains it.
     pub weight: u16,
+    /// How long it keeps its connections; its weight is 0 then. `None`: nothing was said.
+    pub drain: Option<Drain>,
     /// The tunnel's network.
     pub vni: Vni,
     /// The tunnel's UDP port, 4789 unless said otherwise.
@@ -203,6 +206,46 @@ pub struct Backend {
     pub mtu: Option<u16>,
     /// What the outer UDP checksum is. `None`: zero over IPv4, computed over IPv6.
     pub udp_checksum: Option<bool>,
+}
+
+/// How long a backend that drains keeps its connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Drain {
+    /// As long as they live.
+    Forever,
+    /// Until then at most. What is left goes to others.
+    Until(SystemTime),
+}
+
+impl Drain {
+    /// When it ends.
+    pub fn deadline(self) -> Option<SystemTime> {
+        match self {
+            Self::Forever => None,
+            Self::Until(deadline) => Some(deadline),
+        }
+    }
+}
+
+impl FromStr for Drain {
+    type Err = humantime::TimestampError;
+
+    /// `forever`, or a time as in RFC 3339, in UTC.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "forever" => Ok(Self::Forever),
+            _ => humantime::parse_rfc3339(text).map(Self::Until),
+        }
+    }
+}
+
+impl fmt::Display for Drain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Forever => f.write_str("forever"),
+            Self::Until(deadline) => write!(f, "{}", humantime::format_rfc3339(*deadline)),
+        }
+    }
 }
 
 /// What two services can't both have.

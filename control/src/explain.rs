@@ -296,7 +296,7 @@ fn forwarded(
     for (backend, placement) in service.backends.iter().zip(placements) {
         match view::state(backend, placement) {
             "active" => takers.push(backend),
-            "draining" => draining.push(backend.name.clone()),
+            "draining" | "drained" => draining.push(backend.name.clone()),
             _ => unreachable.push(backend.name.clone()),
         }
     }

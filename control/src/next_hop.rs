@@ -134,10 +134,12 @@ impl NextHops {
     }
 
     /// Says which VTEPs are wanted, from now on and instead of those before.
-    pub fn want(&self, vteps: BTreeSet<IpAddr>) {
+    pub fn want(&self, vteps: &BTreeSet<IpAddr>) {
         self.wanted.send_if_modified(|wanted| {
-            let changed = *wanted != vteps;
-            *wanted = vteps;
+            let changed = wanted != vteps;
+            if changed {
+                wanted.clone_from(vteps);
+            }
             changed
         });
     }

@@ -1,7 +1,7 @@
 //! A snapshot without a kernel, for `replay` and `explain`: interfaces as far as they can be read without
 //! privileges, next hops as far as the configuration knows them.
 
-use std::{collections::HashMap, fs, sync::Arc};
+use std::{collections::HashMap, fs, sync::Arc, time::SystemTime};
 
 use dataplane::{forwarding::Forwarding, time::Tick};
 
@@ -44,6 +44,7 @@ impl Offline {
             vtep6: config.node.vtep6,
             answer_arp: config.node.answer_arp,
             offline: true,
+            time: SystemTime::now(),
         };
         let plan = daemon::planner(config).plan(&inputs, Tick(0))?;
         Ok(Self { forwarding: Arc::new(plan.forwarding), backends: plan.backends, interfaces })

@@ -1,12 +1,15 @@
 //! [`Desired`] + next hops → the snapshot that workers forward by, and what XDP has to steer to them.
 //!
-//! Pure but for what must not change between snapshots: a backend keeps its slot, and unchanged Maglev
-//! tables are shared. It asks nobody and does nothing.
+//! Pure but for what must not change between snapshots, a backend's slot, and what need not be made again:
+//! a service that is as it was is taken as it is. It asks nobody and does nothing.
+
+mod slots;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::Arc,
+    time::SystemTime,
 };
 
 use dataplane::{
@@ -19,9 +22,10 @@ use dataplane::{
     wire::ethernet::MacAddr,
 };
 
+use self::slots::{Full, Slots};
 use crate::{
     config::NextHop,
-    desired::{Backend, Desired, Scheduler, Service, ServicePort},
+    desired::{Backend, Desired, Drain, Scheduler, Service, ServicePort},
     link::LinkIndex,
     next_hop::HopState,
 };
@@ -62,6 +66,8 @@ pub struct Inputs<'a> {
     pub answer_arp: bool,
     /// Whether there is no kernel to ask: a backend without a known way is sent to zero MAC addresses.
     pub offline: bool,
+    /// What time it is for people: drains may end.
+    pub time: SystemTime,
 }
 
 /// What XDP steers: address, protocol, port; protocol and port 0 for the address itself.
@@ -72,10 +78,12 @@ pub type SteerKey = (Address, u8, u16);
 pub struct Plan {
     /// For the workers.
     pub forwarding: Forwarding,
-    /// For XDP, with each key's "answer ARP" flag.
-    pub steer: BTreeMap<SteerKey, bool>,
+    /// For XDP, with each key's "answer ARP" flag. The same one again, if nothing of it has changed.
+    pub steer: Arc<BTreeMap<SteerKey, bool>>,
     /// For people: one for each backend, in order of services and backends.
     pub backends: Vec<Placement>,
+    /// When the next drain ends.
+    pub drained_at: Option<SystemTime>,
 }
 
 /// Where a backend ended up.
@@ -85,6 +93,8 @@ pub struct Placement {
     pub slot: Slot,
     /// Why it can't be reached, if so.
     pub unreachable: Option<String>,
+    /// Whether its drain has ended: workers know it no more, and its connections go to others.
+    pub drained: bool,
 }
 
 /// A state that can't be forwarded by.
@@ -135,25 +145,115 @@ pub struct Settings {
     pub rest_ms: u64,
 }
 
-/// Who takes new connections: names, weights and slots.
-type Takers = Vec<(String, u16, Slot)>;
-
-/// A service's table and schedule, with what they were built from.
-type Built = (Takers, Arc<Maglev>, (Scheduler, Schedule));
-
-/// Makes plans, and remembers what must not change from one to the next.
+/// Makes plans, and remembers what must not change from one to the next, and what need not be made again.
 #[derive(Debug)]
 pub struct Planner {
     settings: Settings,
     slots: Slots,
-    maglevs: HashMap<String, Built>,
+    /// By name, as of the last plan.
+    planned: HashMap<String, Arc<Planned>>,
+    surroundings: Surroundings,
+    steer: Arc<BTreeMap<SteerKey, bool>>,
+}
+
+/// A service with all that was made of it: the next plan takes it as it is, if nothing about it has changed.
+#[derive(Debug)]
+struct Planned {
+    service: Arc<Service>,
+    vips: Vec<Vip>,
+    /// Their service's number is the snapshot's to set.
+    backends: Vec<forwarding::Backend>,
+    placements: Vec<Placement>,
+    maglev: Arc<Maglev>,
+    schedule: Schedule,
+    /// When the next drain ends.
+    drained_at: Option<SystemTime>,
+}
+
+/// What a service's backends are rendered by, beside the service itself.
+#[derive(Debug, Default, PartialEq)]
+struct Surroundings {
+    hops: HashMap<IpAddr, HopState>,
+    next_hops: Vec<NextHop>,
+    interfaces: Vec<Interface>,
+    vtep: Option<IpAddr>,
+    vtep6: Option<Ipv6Addr>,
+    answer_arp: bool,
+    offline: bool,
+}
+
+/// Whose backends have to be rendered again.
+enum Stale {
+    All,
+    /// Those whose tunnels end there, and those whose drain has ended by now.
+    Vteps(HashSet<IpAddr>, SystemTime),
+}
+
+impl Surroundings {
+    fn of(inputs: &Inputs<'_>) -> Self {
+        Self {
+            hops: inputs.hops.clone(),
+            next_hops: inputs.next_hops.to_vec(),
+            interfaces: inputs.interfaces.to_vec(),
+            vtep: inputs.vtep,
+            vtep6: inputs.vtep6,
+            answer_arp: inputs.answer_arp,
+            offline: inputs.offline,
+        }
+    }
+
+    /// Whether all is as it was but for the hops.
+    fn still(&self, inputs: &Inputs<'_>) -> bool {
+        self.next_hops == inputs.next_hops
+            && self.interfaces == inputs.interfaces
+            && self.vtep == inputs.vtep
+            && self.vtep6 == inputs.vtep6
+            && self.answer_arp == inputs.answer_arp
+            && self.offline == inputs.offline
+    }
+
+    fn stale(&self, inputs: &Inputs<'_>) -> Stale {
+        if !self.still(inputs) {
+            return Stale::All;
+        }
+        let either = self.hops.keys().chain(inputs.hops.keys());
+        let other = |vtep: &&IpAddr| self.hops.get(vtep) != inputs.hops.get(vtep);
+        Stale::Vteps(either.filter(other).copied().collect(), inputs.time)
+    }
+}
+
+impl Planned {
+    /// Whether it would be made alike again.
+    fn stays(&self, service: &Arc<Service>, stale: &Stale) -> bool {
+        let same = || Arc::ptr_eq(&self.service, service) || self.service == *service;
+        match stale {
+            Stale::All => false,
+            Stale::Vteps(vteps, time) => {
+                self.drained_at.is_none_or(|deadline| *time < deadline)
+                    && same()
+                    && (vteps.is_empty()
+                        || !service.backends.iter().any(|b| vteps.contains(&b.vtep)))
+            }
+        }
+    }
+
+    fn slots(&self) -> impl Iterator<Item = (&str, Slot)> {
+        let both = self.service.backends.iter().zip(&self.placements);
+        both.map(|(backend, placement)| (backend.name.as_str(), placement.slot))
+    }
 }
 
 impl Planner {
     /// A planner that has made no plan yet.
     pub fn new(settings: Settings) -> Self {
-        let slots = Slots { limit: settings.slots, rest_ms: settings.rest_ms, ..Slots::default() };
-        Self { settings, slots, maglevs: HashMap::new() }
+        let slots = Slots::new(settings.slots, settings.rest_ms);
+        Self {
+            settings,
+            slots,
+            planned: HashMap::new(),
+            surroundings: Surroundings::default(),
+            steer: Arc::default(),
+        }
     }
 
     /// Makes the next plan.
@@ -161,153 +261,211 @@ impl Planner {
     /// # Errors
     /// If what is wanted can't be. Nothing is changed then.
     pub fn plan(&mut self, inputs: &Inputs<'_>, now: Tick) -> Result<Plan, PlanError> {
-        let mut slots = self.slots.clone();
-        slots.keep_only(inputs.desired, now);
-        let mut services = Vec::new();
-        let mut placements = Vec::new();
-        let mut backends: Vec<Option<forwarding::Backend>> = Vec::new();
-        let mut maglevs = HashMap::new();
-        let said: Said<'_> = inputs.next_hops.iter().map(|hop| (hop.vtep, hop)).collect();
-        for (index, service) in inputs.desired.services.iter().enumerate() {
-            let first = placements.len();
-            for backend in &service.backends {
-                let slot = slots.take(service, backend)?;
-                let (rendered, unreachable) =
-                    render((inputs, &said), index as u32, service, backend)?;
-                let at = slot as usize;
-                if backends.len() <= at {
-                    backends.resize(at + 1, None);
-                }
-                backends[at] = Some(rendered);
-                placements.push(Placement { slot, unreachable });
+        self.slots.free_rested(now);
+        let made = self.services(inputs, now).and_then(|services| {
+            let forwarding = self.forwarding(inputs, &services)?;
+            Ok((services, forwarding))
+        });
+        let (services, forwarding) = match made {
+            Ok(made) => made,
+            Err(refused) => {
+                self.slots.undo();
+                return Err(refused);
             }
-            let built = self.maglev(service, &placements[first..]);
-            let (maglev, schedule) = (built.1.clone(), built.2.1.clone());
-            services.push(forwarding::Service { vips: vips(service), maglev, schedule });
-            maglevs.insert(service.name.clone(), built);
+        };
+        self.slots.keep();
+        self.remember(inputs, &services);
+        let placements = services.iter().flat_map(|planned| planned.placements.iter().cloned());
+        let drained_at = services.iter().filter_map(|planned| planned.drained_at).min();
+        let (steer, backends) = (self.steer.clone(), placements.collect());
+        Ok(Plan { forwarding, steer, backends, drained_at })
+    }
+
+    /// All services, in order: as they were, or made anew.
+    fn services(&mut self, inputs: &Inputs<'_>, now: Tick) -> Result<Vec<Arc<Planned>>, PlanError> {
+        let stale = self.surroundings.stale(inputs);
+        let wanted = &inputs.desired.services;
+        let before: Vec<Option<Arc<Planned>>> =
+            wanted.iter().map(|service| self.planned.get(&service.name).cloned()).collect();
+        // All that is given up is given up before anything is taken: the order must not matter.
+        self.give_up(wanted, &before, now);
+        let said: Said<'_> = inputs.next_hops.iter().map(|hop| (hop.vtep, hop)).collect();
+        let mut services = Vec::with_capacity(wanted.len());
+        for (service, before) in wanted.iter().zip(before) {
+            services.push(match before {
+                Some(before) if before.stays(service, &stale) => before,
+                before => Arc::new(self.service((inputs, &said), service, before.as_deref())?),
+            });
         }
+        Ok(services)
+    }
+
+    /// Lets the slots of backends that are wanted no more rest.
+    fn give_up(&mut self, wanted: &[Arc<Service>], before: &[Option<Arc<Planned>>], now: Tick) {
+        let mut give_up = |service: &str, backend: &str, slot| {
+            self.slots.give_up((service.to_owned(), backend.to_owned()), slot, now);
+        };
+        for (service, before) in wanted.iter().zip(before) {
+            let Some(before) = before else { continue };
+            if Arc::ptr_eq(service, &before.service) {
+                continue;
+            }
+            let names: HashSet<&str> = service.backends.iter().map(|b| b.name.as_str()).collect();
+            let gone = before.slots().filter(|(name, _)| !names.contains(name));
+            gone.for_each(|(name, slot)| give_up(&service.name, name, slot));
+        }
+        if before.iter().flatten().count() < self.planned.len() {
+            let names: HashSet<&str> = wanted.iter().map(|service| service.name.as_str()).collect();
+            let gone = self.planned.values().filter(|b| !names.contains(b.service.name.as_str()));
+            for before in gone {
+                before.slots().for_each(|(name, slot)| give_up(&before.service.name, name, slot));
+            }
+        }
+    }
+
+    /// A service that is new, or not as it was.
+    fn service(
+        &mut self,
+        surroundings: (&Inputs<'_>, &Said<'_>),
+        service: &Arc<Service>,
+        before: Option<&Planned>,
+    ) -> Result<Planned, PlanError> {
+        let slots: HashMap<&str, Slot> = before.into_iter().flat_map(Planned::slots).collect();
+        let mut backends = Vec::with_capacity(service.backends.len());
+        let mut placements = Vec::with_capacity(service.backends.len());
+        for backend in &service.backends {
+            let slot = match slots.get(backend.name.as_str()) {
+                Some(slot) => *slot,
+                None => self.take(service, backend)?,
+            };
+            let (rendered, unreachable) = render(surroundings, service, backend)?;
+            backends.push(rendered);
+            let deadline = backend.drain.and_then(Drain::deadline);
+            let drained = deadline.is_some_and(|deadline| deadline <= surroundings.0.time);
+            placements.push(Placement { slot, unreachable, drained });
+        }
+        let deadlines = service.backends.iter().filter_map(|backend| backend.drain?.deadline());
+        let drained_at = deadlines.filter(|deadline| *deadline > surroundings.0.time).min();
+        let (maglev, schedule) = self.chosen_from(service, &placements, before);
+        let (service, vips) = (service.clone(), vips(service));
+        Ok(Planned { service, vips, backends, placements, maglev, schedule, drained_at })
+    }
+
+    fn take(&mut self, service: &Service, backend: &Backend) -> Result<Slot, PlanError> {
+        let identity = (service.name.clone(), backend.name.clone());
+        self.slots.take(identity).map_err(|Full { used, resting, limit }| PlanError::NoSlot {
+            service: service.name.clone(),
+            backend: backend.name.clone(),
+            used,
+            resting,
+            limit,
+        })
+    }
+
+    /// The table and schedule of those that take new connections. The old ones, if nothing changed.
+    fn chosen_from(
+        &self,
+        service: &Service,
+        placements: &[Placement],
+        before: Option<&Planned>,
+    ) -> (Arc<Maglev>, Schedule) {
+        let takers = takers(service, placements);
+        let before =
+            before.filter(|before| self::takers(&before.service, &before.placements) == takers);
+        let build = || {
+            let candidate = |&(name, weight, slot)| Candidate { name, weight, slot };
+            let candidates: Vec<_> = takers.iter().map(candidate).collect();
+            let Settings { maglev_size, maglev_key, .. } = &self.settings;
+            Arc::new(Maglev::build(*maglev_size, &candidates, maglev_key))
+        };
+        let schedule = match before {
+            Some(before) if before.service.scheduler == service.scheduler => {
+                before.schedule.clone()
+            }
+            _ => schedule(service.scheduler, &takers),
+        };
+        (before.map_or_else(build, |before| before.maglev.clone()), schedule)
+    }
+
+    /// Puts the snapshot together.
+    fn forwarding(
+        &self,
+        inputs: &Inputs<'_>,
+        services: &[Arc<Planned>],
+    ) -> Result<Forwarding, ForwardingError> {
+        let mut backends: Vec<Option<forwarding::Backend>> = vec![None; self.slots.end()];
+        for (index, planned) in services.iter().enumerate() {
+            for (backend, placement) in planned.backends.iter().zip(&planned.placements) {
+                if placement.drained {
+                    continue;
+                }
+                let backend = forwarding::Backend { service: index as u32, ..backend.clone() };
+                backends[placement.slot as usize] = Some(backend);
+            }
+        }
+        let service = |planned: &Arc<Planned>| forwarding::Service {
+            vips: planned.vips.clone(),
+            maglev: planned.maglev.clone(),
+            schedule: planned.schedule.clone(),
+        };
         let common = Common {
             links: inputs.interfaces.iter().map(link).collect(),
             answer_arp: inputs.answer_arp,
             maglev_key: self.settings.maglev_key,
         };
-        let forwarding = Forwarding::new(common, services, backends)?;
-        self.slots = slots;
-        self.maglevs = maglevs;
-        Ok(Plan { forwarding, steer: steer(inputs), backends: placements })
+        Forwarding::new(common, services.iter().map(service).collect(), backends)
     }
 
-    /// The table and schedule of those that take new connections: weighted, and reachable as far as any is.
-    /// The old ones, if nothing changed.
-    fn maglev(&self, service: &Service, placements: &[Placement]) -> Built {
-        let all: Vec<_> = service.backends.iter().zip(placements).collect();
-        let reachable = |(_, placement): &&(&Backend, &Placement)| placement.unreachable.is_none();
-        let some_reachable = all.iter().any(|both| both.0.weight > 0 && reachable(&both));
-        let takers: Takers = all
-            .iter()
-            .filter(|both| !some_reachable || reachable(both))
-            .map(|(backend, placement)| (backend.name.clone(), backend.weight, placement.slot))
-            .collect();
-        let before = self.maglevs.get(&service.name).filter(|(before, ..)| *before == takers);
-        let scheduler = service.scheduler;
-        let schedule = match before {
-            Some((.., (before, schedule))) if *before == scheduler => schedule.clone(),
-            _ => schedule(scheduler, &takers),
+    /// Notes what the next plan is to start from.
+    fn remember(&mut self, inputs: &Inputs<'_>, services: &[Arc<Planned>]) {
+        let still = self.surroundings.still(inputs);
+        let steers_like = |planned: &Arc<Planned>| {
+            let before = self.planned.get(&planned.service.name);
+            before.is_some_and(|before| Arc::ptr_eq(before, planned) || before.vips == planned.vips)
         };
-        let schedule = (scheduler, schedule);
-        match before {
-            Some((_, maglev, _)) => (takers, maglev.clone(), schedule),
-            None => {
-                let candidates: Vec<_> = takers
-                    .iter()
-                    .map(|(name, weight, slot)| Candidate { name, weight: *weight, slot: *slot })
-                    .collect();
-                let Settings { maglev_size, maglev_key, .. } = &self.settings;
-                let maglev = Maglev::build(*maglev_size, &candidates, maglev_key);
-                (takers, Arc::new(maglev), schedule)
+        let same_vips = services.len() == self.planned.len() && services.iter().all(steers_like);
+        if !(still && same_vips) {
+            self.steer = Arc::new(steer(inputs));
+        }
+        for planned in services {
+            match self.planned.get_mut(&planned.service.name) {
+                Some(before) if Arc::ptr_eq(before, planned) => {}
+                Some(before) => *before = planned.clone(),
+                None => {
+                    self.planned.insert(planned.service.name.clone(), planned.clone());
+                }
             }
+        }
+        if self.planned.len() > services.len() {
+            let names: HashSet<&str> = services.iter().map(|p| p.service.name.as_str()).collect();
+            self.planned.retain(|name, _| names.contains(name.as_str()));
+        }
+        if !still || self.surroundings.hops != *inputs.hops {
+            self.surroundings = Surroundings::of(inputs);
         }
     }
 }
 
+/// Those that take new connections, with their weights: reachable as far as any with a weight is.
+fn takers<'a>(service: &'a Service, placements: &[Placement]) -> Vec<(&'a str, u16, Slot)> {
+    let all = || service.backends.iter().zip(placements);
+    let reachable = |placement: &Placement| placement.unreachable.is_none();
+    let some_reachable = all().any(|(backend, at)| backend.weight > 0 && reachable(at));
+    all()
+        .filter(|(_, placement)| !some_reachable || reachable(placement))
+        .map(|(backend, placement)| (backend.name.as_str(), backend.weight, placement.slot))
+        .collect()
+}
+
 /// How new connections are placed among these.
-fn schedule(scheduler: Scheduler, takers: &Takers) -> Schedule {
-    let taker = |&(_, weight, slot): &(String, u16, Slot)| Taker { slot, weight };
+fn schedule(scheduler: Scheduler, takers: &[(&str, u16, Slot)]) -> Schedule {
+    let taker = |&(_, weight, slot): &(&str, u16, Slot)| Taker { slot, weight };
     let takers: Vec<_> = takers.iter().map(taker).filter(|taker| taker.weight > 0).collect();
     match scheduler {
         Scheduler::Maglev => Schedule::Maglev,
         Scheduler::RoundRobin => Schedule::round_robin(&takers),
         Scheduler::LeastConnections => Schedule::least_connections(&takers),
         Scheduler::Source { timeout_s } => Schedule::source(&takers, timeout_s),
-    }
-}
-
-/// A backend's identity: names of its service and itself.
-type Identity = (String, String);
-
-/// Which backend has which slot, and which slots must rest.
-#[derive(Clone, Debug, Default)]
-struct Slots {
-    limit: usize,
-    rest_ms: u64,
-    taken: HashMap<Identity, Slot>,
-    /// Given up, and since when. Its backend gets it back if it returns; nobody else does for `rest_ms`.
-    resting: HashMap<Identity, (Slot, Tick)>,
-    free: Vec<Slot>,
-    next: Slot,
-}
-
-impl Slots {
-    /// Lets the slots of backends that are wanted no more rest, and frees those that have.
-    fn keep_only(&mut self, desired: &Desired, now: Tick) {
-        let wanted: HashSet<(&str, &str)> =
-            desired.backends().map(|(s, b)| (s.name.as_str(), b.name.as_str())).collect();
-        let resting = &mut self.resting;
-        self.taken.retain(|identity, slot| {
-            let keep = wanted.contains(&(identity.0.as_str(), identity.1.as_str()));
-            if !keep {
-                resting.insert(identity.clone(), (*slot, now));
-            }
-            keep
-        });
-        let free = &mut self.free;
-        self.resting.retain(|_, (slot, since)| {
-            let rested = now.ms_since(*since) >= self.rest_ms;
-            if rested {
-                free.push(*slot);
-            }
-            !rested
-        });
-        // The map's order is another one in every process; the lowest is taken first in all.
-        free.sort_unstable_by(|a, b| b.cmp(a));
-    }
-
-    fn take(&mut self, service: &Service, backend: &Backend) -> Result<Slot, PlanError> {
-        let identity = (service.name.clone(), backend.name.clone());
-        if let Some(slot) = self.taken.get(&identity) {
-            return Ok(*slot);
-        }
-        let slot = match self.resting.remove(&identity) {
-            Some((slot, _)) => slot,
-            None => match self.free.pop() {
-                Some(slot) => slot,
-                None if (self.next as usize) < self.limit => {
-                    self.next += 1;
-                    self.next - 1
-                }
-                None => {
-                    return Err(PlanError::NoSlot {
-                        service: identity.0,
-                        backend: identity.1,
-                        used: self.taken.len(),
-                        resting: self.resting.len(),
-                        limit: self.limit,
-                    });
-                }
-            },
-        };
-        self.taken.insert(identity, slot);
-        Ok(slot)
     }
 }
 
@@ -401,7 +559,6 @@ fn way(inputs: &Inputs<'_>, said: &Said<'_>, vtep: IpAddr) -> Result<Way, String
 /// Renders a backend's tunnel. One without a way is rendered too, with zero MAC addresses, and marked.
 fn render(
     (inputs, said): (&Inputs<'_>, &Said<'_>),
-    service_index: u32,
     service: &Service,
     backend: &Backend,
 ) -> Result<(forwarding::Backend, Option<String>), PlanError> {
@@ -460,7 +617,7 @@ fn render(
         unreachable.or_else(|| homeless.then(|| no_source(inputs, way.interface, v6)));
     let rendered = forwarding::Backend {
         template,
-        service: service_index,
+        service: 0,
         mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
         link: way.interface as u8,
         reachable: unreachable.is_none(),

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     fmt::{self, Write as _},
+    time::Duration,
 };
 
 use anstyle::{AnsiColor, Style};
@@ -106,7 +107,11 @@ pub struct BackendStatus {
     pub vtep: String,
     /// Its share of new connections.
     pub weight: u16,
-    /// `active`, `draining` or `unreachable`.
+    /// How long it keeps its connections, if it was said to drain: a time, RFC 3339, or `forever`.
+    pub drain_until: Option<String>,
+    /// How much of that is left, in seconds.
+    pub drain_left_s: Option<u64>,
+    /// `active`, `draining`, `drained` or `unreachable`.
     pub state: String,
     /// Why it is unreachable.
     pub reason: Option<String>,
@@ -260,6 +265,10 @@ pub fn write_backends(f: &mut fmt::Formatter<'_>, backends: &[BackendStatus]) ->
         if let Some(reason) = &backend.reason {
             writeln!(f, "  {} is unreachable: {reason}", backend.name)?;
         }
+        if let (Some(left), Some(until)) = (backend.drain_left_s, &backend.drain_until) {
+            let left = humantime::format_duration(Duration::from_secs(left));
+            writeln!(f, "  {} keeps its connections for {left}, until {until}", backend.name)?;
+        }
     }
     Ok(())
 }
@@ -280,7 +289,7 @@ pub fn write_table<const N: usize>(
 fn style(cell: &str) -> Style {
     match cell {
         "active" | "ready" => AnsiColor::Green.on_default(),
-        "draining" => AnsiColor::Yellow.on_default(),
+        "draining" | "drained" => AnsiColor::Yellow.on_default(),
         "unreachable" | "not ready" => AnsiColor::Red.on_default(),
         _ => Style::new(),
     }

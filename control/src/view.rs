@@ -5,7 +5,7 @@ use std::{
     collections::BTreeMap,
     net::IpAddr,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use dataplane::{counters::Counters, flow::HashKey, forwarding::Forwarding, time::Tick};
@@ -13,7 +13,7 @@ use tokio::sync::Mutex;
 
 use crate::{
     config::{Config, Maglev},
-    desired::{Backend, Desired, Service, port_ranges},
+    desired::{Backend, Desired, Drain, Service, port_ranges},
     plan::Placement,
     status::{
         BackendStatus, PortStatus, ServiceStatus, Status, WorkerStatus, drops, events, losses,
@@ -71,10 +71,17 @@ pub fn placed<'a>(
 /// What a backend does, in a word.
 pub fn state(backend: &Backend, placement: &Placement) -> &'static str {
     match (&placement.unreachable, backend.weight) {
+        _ if placement.drained => "drained",
         (Some(_), _) => "unreachable",
         (None, 0) => "draining",
         (None, _) => "active",
     }
+}
+
+/// How long a drain lasts yet, in seconds; `None` if for ever, or no more.
+fn drain_left_s(drain: Drain) -> Option<u64> {
+    let left = drain.deadline()?.duration_since(SystemTime::now()).ok()?;
+    Some(left.as_secs())
 }
 
 /// What does not change after the start.
@@ -244,6 +251,8 @@ impl Observed {
                 name: backend.name.clone(),
                 vtep: backend.vtep.to_string(),
                 weight: backend.weight,
+                drain_until: backend.drain.map(|drain| drain.to_string()),
+                drain_left_s: backend.drain.and_then(drain_left_s),
                 state: state(backend, placement).to_owned(),
                 reason: placement.unreachable.clone(),
                 packets,

@@ -23,7 +23,7 @@ use dataplane::{
     forwarding::Forwarding,
     port::{
         BURST,
-        xsk::{self, BindReport, Rest, Statistics, XskError, XskPort},
+        xsk::{self, Bell, BindReport, Ear, Rest, Statistics, XskError, XskPort},
     },
     publish::Publisher,
     steer::{self, Steer, SteerError},
@@ -177,6 +177,7 @@ pub struct Fleet {
     pub workers: Arc<[Handle]>,
     /// Their threads, each with the word that it hangs.
     threads: Vec<(Arc<AtomicBool>, thread::JoinHandle<()>)>,
+    bells: Vec<Bell>,
     /// What the connection tables are hashed with.
     pub hash_key: HashKey,
     /// The XDP program of each interface, shared with the watchdog.
@@ -241,6 +242,7 @@ impl Fleet {
         let mut fleet = Self {
             workers: Arc::default(),
             threads: Vec::new(),
+            bells: Vec::new(),
             hash_key,
             steers: Arc::new(Mutex::new(steers)),
             watchdog: None,
@@ -272,6 +274,7 @@ impl Fleet {
                 Idle::SpinThenSleep => Duration::from_micros(config.dataplane.idle_spin_us.into()),
                 Idle::Sleep => Duration::ZERO,
             };
+            let (bell, ear) = xsk::bell()?;
             let body = move || {
                 if !core_affinity::set_for_current(core) {
                     tracing::warn!(
@@ -280,11 +283,12 @@ impl Fleet {
                         "cannot pin the worker to its core"
                     );
                 }
-                run(worker, spin, start, &stop);
+                run(worker, &ear, spin, start, &stop);
             };
             let thread = thread::Builder::new().name(format!("worker-{id}")).spawn(body)?;
             let hung = Arc::<AtomicBool>::default();
             fleet.threads.push((hung.clone(), thread));
+            fleet.bells.push(bell);
             workers.push(Handle {
                 core: core.id,
                 ports: opened.reports,
@@ -344,6 +348,11 @@ impl Fleet {
         lock(&self.steers)
     }
 
+    /// Has workers that sleep make a turn at once.
+    pub fn wake(&self) {
+        self.bells.iter().for_each(Bell::ring);
+    }
+
     /// How far each worker is.
     pub fn progress(&self) -> Vec<Progress> {
         let progress = |worker: &Handle| {
@@ -391,6 +400,7 @@ impl Drop for Fleet {
         drop(self.watchdog.take());
         self.steers().clear();
         self.stop.store(true, Ordering::Relaxed);
+        self.wake();
         for (hung, thread) in self.threads.drain(..) {
             if !hung.load(Ordering::Relaxed) {
                 let _ = thread.join();
@@ -494,7 +504,7 @@ fn tick_at(start: Instant, now: Instant) -> Tick {
 }
 
 /// A worker's life: turn, and when there is nothing to do for `spin`, sleep. The clock is read once a turn.
-fn run(mut worker: Worker<XskPort>, spin: Duration, start: Instant, stop: &AtomicBool) {
+fn run(mut worker: Worker<XskPort>, ear: &Ear, spin: Duration, start: Instant, stop: &AtomicBool) {
     worker.prepare();
     let mut now = Instant::now();
     let mut rest = Rest::new(spin, now);
@@ -506,7 +516,7 @@ fn run(mut worker: Worker<XskPort>, spin: Duration, start: Instant, stop: &Atomi
         }
         if let Some(timeout_ms) = rest.after(received, || worker.in_flight(), now) {
             // A poll that fails (no memory) makes the worker spin, which is right.
-            let _ = xsk::wait(worker.ports(), timeout_ms);
+            let _ = xsk::wait(worker.ports(), Some(ear), timeout_ms);
             now = Instant::now();
         }
     }

@@ -114,7 +114,7 @@ impl Following {
         let owned: BTreeSet<_> = links.iter().map(|link| link.device.index).collect();
         let next_hops = NextHops::start(owned).unwrap();
         let mut hops = next_hops.subscribe();
-        next_hops.want(vteps.iter().map(|vtep| ip(vtep)).collect());
+        next_hops.want(&vteps.iter().map(|vtep| ip(vtep)).collect());
         assert!(next_hops.settled(PATIENCE).await, "settles: {:?}", hops.borrow());
         hops.mark_unchanged();
         Self { next_hops, hops }
@@ -372,7 +372,7 @@ fn the_mtu_is_the_smaller_of_the_links_and_the_routes() {
 fn what_is_no_longer_wanted_leaves_the_table() {
     in_lab(async |_| {
         let following = Following::by(&["eth0", "eth1"], &["10.0.0.2"]).await;
-        following.next_hops.want([ip("10.1.0.2")].into());
+        following.next_hops.want(&[ip("10.1.0.2")].into());
         assert!(following.next_hops.settled(PATIENCE).await);
         let hops = following.hops.borrow();
         assert_eq!(hops.keys().collect::<Vec<_>>(), [&ip("10.1.0.2")]);

@@ -210,7 +210,7 @@ fn receive(port: &mut XskPort) -> Frames {
     let deadline = Instant::now() + Duration::from_millis(500);
     let mut inbound = Frames::new();
     while inbound.is_empty() && Instant::now() < deadline {
-        xsk::wait(std::slice::from_ref(port), 50).unwrap();
+        xsk::wait(std::slice::from_ref(port), None, 50).unwrap();
         port.receive(&mut inbound);
     }
     inbound
@@ -466,7 +466,7 @@ fn an_interface_that_goes_away_hurts_nobody() {
         ports[1].refill(&mut pool);
         ports[1].receive(&mut Frames::new());
         assert!(ports[1].statistics().unwrap().kick_errors > 0);
-        assert!(!xsk::wait(&ports, 10).unwrap());
+        assert!(!xsk::wait(&ports, None, 10).unwrap());
     });
 }
 

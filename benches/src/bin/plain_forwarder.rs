@@ -105,7 +105,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
         let in_flight = || ports.iter().map(Port::in_flight).sum();
         if let Some(timeout_ms) = rest.after(received, in_flight, Instant::now()) {
-            xsk::wait(&ports, timeout_ms)?;
+            xsk::wait(&ports, None, timeout_ms)?;
         }
     }
 }

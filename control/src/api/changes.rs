@@ -62,6 +62,8 @@ pub struct Changes(mpsc::Sender<Request>);
 pub struct Wanted {
     /// All services of the API.
     pub services: Vec<Arc<Service>>,
+    /// Beside those of the others, as they were when this was judged.
+    pub joined: Desired,
     /// To be told when the workers have them, or why not.
     pub outcome: oneshot::Sender<Result<(), Refusal>>,
 }
@@ -141,9 +143,9 @@ impl Writer {
             Some(service) => next.insert(name.clone(), service.clone()),
             None => next.remove(&name),
         };
-        self.can_be(&next, new.as_deref())?;
+        let joined = self.can_be(&next, new.as_deref())?;
         let taken_over = match self.keep(&name, new.as_ref()).await {
-            Ok(()) => self.hand_over(&next).await,
+            Ok(()) => self.hand_over(&next, joined).await,
             Err(refusal) => Err(refusal),
         };
         if let Err(refusal) = taken_over {
@@ -200,15 +202,16 @@ impl Writer {
         }
     }
 
-    /// Whether these can stand beside the others' services, and there is room for them.
-    fn can_be(&self, next: &Services, new: Option<&Service>) -> Result<(), Problem> {
+    /// These beside the others' services, if they can stand there and there is room for them.
+    fn can_be(&self, next: &Services, new: Option<&Service>) -> Result<Desired, Problem> {
         let view = self.views.borrow().clone();
         let others: Vec<_> = view.desired.others(Owner::Api).cloned().collect();
         let next: Vec<_> = next.values().cloned().collect();
         let joined = join(&[&others, &next], &view.vteps);
         let joined = joined.map_err(|conflict| conflict_problem(&conflict, new))?;
         let exceeded = |error| Problem::new(StatusCode::CONFLICT, format!("{error}"));
-        self.limits.admit(&joined).map_err(exceeded)
+        self.limits.admit(&joined).map_err(exceeded)?;
+        Ok(joined)
     }
 
     /// Makes a service durable, or its absence.
@@ -232,9 +235,9 @@ impl Writer {
         })
     }
 
-    async fn hand_over(&self, services: &Services) -> Result<(), Problem> {
+    async fn hand_over(&self, services: &Services, joined: Desired) -> Result<(), Problem> {
         let (outcome, told) = oneshot::channel();
-        let wanted = Wanted { services: services.values().cloned().collect(), outcome };
+        let wanted = Wanted { services: services.values().cloned().collect(), joined, outcome };
         let _ = self.daemon.send(wanted).await;
         match told.await {
             Ok(Ok(())) => Ok(()),

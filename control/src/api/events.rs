@@ -55,7 +55,7 @@ pub enum Event {
         service: String,
         /// Its name.
         backend: String,
-        /// `active`, `draining` or `unreachable`.
+        /// `active`, `draining`, `drained` or `unreachable`.
         state: String,
         /// Its share of new connections.
         weight: u16,

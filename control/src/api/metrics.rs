@@ -106,7 +106,8 @@ fn node(observed: &Observed, view: &View, all: &mut Families) {
 
 fn services(observed: &Observed, view: &View, census: &Census, limit: usize, all: &mut Families) {
     let mut owners: BTreeMap<String, u64> = BTreeMap::new();
-    let states = ["active", "draining", "unreachable"].map(|state| (state.to_owned(), 0));
+    let states =
+        ["active", "draining", "drained", "unreachable"].map(|state| (state.to_owned(), 0));
     let mut states: BTreeMap<String, u64> = states.into();
     let (mut by_service, mut by_backend) = (PerService::default(), PerBackend::default());
     let mut left_out = 0;

@@ -87,6 +87,7 @@ impl PlanningDaemon {
             vtep6: None,
             answer_arp: false,
             offline: true,
+            time: std::time::SystemTime::now(),
         };
         let plan = self.planner.plan(&inputs, Tick(0));
         let plan = plan.map_err(|error| Refusal::Impossible(error.to_string()))?;
@@ -138,7 +139,7 @@ impl Rig {
                 let doors = TcpDoor::open_all(&daemon.config.api).await.unwrap();
                 bound.send(doors.iter().map(TcpDoor::address).collect()).unwrap();
                 let taking = async {
-                    while let Some(Wanted { services, outcome }) = wanted.recv().await {
+                    while let Some(Wanted { services, outcome, .. }) = wanted.recv().await {
                         let _ = outcome.send(daemon.want(&services));
                     }
                 };
@@ -215,7 +216,10 @@ fn a_service_is_shown_with_its_owner_its_version_and_what_is_wanted() {
     assert_eq!(service["owner"], "file");
     assert_eq!(service["spec"]["backends"][1]["weight"], 0);
     assert_eq!(service["spec"]["vni"], 100);
-    assert_eq!(service["backends"], json!({ "active": 1, "draining": 1, "unreachable": 0 }));
+    assert_eq!(
+        service["backends"],
+        json!({ "active": 1, "draining": 1, "drained": 0, "unreachable": 0 })
+    );
     assert_eq!(rig.get("/v1/services"), json!([service]));
     let backends = rig.get("/v1/services/web/backends");
     assert_eq!(backends[1]["state"], "draining");

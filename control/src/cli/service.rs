@@ -1,6 +1,10 @@
 //! `wiremesh service`: what is typed becomes a [`ServiceSpec`], and what the API answers becomes tables.
 
-use std::{fmt, str::FromStr};
+use std::{
+    fmt,
+    str::FromStr,
+    time::{Duration, SystemTime},
+};
 
 use clap::{Args, Subcommand};
 use hyper::{Method, StatusCode};
@@ -17,6 +21,7 @@ use crate::{
         resource::{Changed, Service},
     },
     config::{BackendSpec, Mode, Remark, Scheduler, ServiceSpec},
+    desired::Drain,
 };
 
 /// How often a change is tried again when another writer was faster.
@@ -54,7 +59,7 @@ pub enum Command {
     /// Only what is said changes. If somebody else changes the service at the same time, what was said is
     /// done to what they made of it; with --if-version it is refused instead (exit code 4).
     ///
-    /// Example, to drain a backend: wiremesh service update web --weight web-2=0
+    /// Example, to drain a backend: wiremesh service update web --backend-drain web-2 --deadline 10m
     Update(Update),
     /// Remove services
     ///
@@ -105,8 +110,8 @@ pub struct Create {
     /// others come and go, in seconds, if not 300
     #[arg(long, value_name = "SECONDS")]
     affinity_timeout: Option<i64>,
-    /// A backend: vtep=10.0.0.2,mac=02:42:0a:00:00:02 and, if wanted, name= weight= vni= port= mtu=
-    /// udp_checksum=
+    /// A backend: vtep=10.0.0.2,mac=02:42:0a:00:00:02 and, if wanted, name= weight= drain_until= vni= port=
+    /// mtu= udp_checksum=
     ///
     /// Without a name it is called after the service: web-1, web-2 and so on.
     #[arg(long, value_name = "BACKEND")]
@@ -134,6 +139,17 @@ pub struct Update {
     /// Remove a backend. Its connections go elsewhere at once
     #[arg(long, value_name = "NAME")]
     backend_rm: Vec<String>,
+    /// Drain a backend: it takes no new connections, and keeps those it has
+    #[arg(long, value_name = "NAME")]
+    backend_drain: Vec<String>,
+    /// How long the backends named by --backend-drain keep their connections, as in 90s, 10m or 1h 30m
+    ///
+    /// What is left then goes to others. Without it they keep them as long as they live.
+    #[arg(long, value_name = "DURATION", requires = "backend_drain", value_parser = humantime::parse_duration)]
+    deadline: Option<Duration>,
+    /// Let a backend that drains, or has, take new connections again, by its weight
+    #[arg(long, value_name = "NAME")]
+    backend_undrain: Vec<String>,
     /// Change a backend's share of new connections; 0 drains it
     #[arg(long, value_name = "NAME=WEIGHT")]
     weight: Vec<Weight>,
@@ -211,6 +227,7 @@ impl FromStr for Backend {
                 "vtep" => backend.vtep = Some(value.to_owned()),
                 "mac" => backend.mac = Some(value.to_owned()),
                 "weight" => backend.weight = number()?,
+                "drain_until" => backend.drain_until = Some(value.to_owned()),
                 "vni" => backend.vni = number()?,
                 "port" => backend.port = number()?,
                 "mtu" => backend.mtu = number()?,
@@ -221,8 +238,8 @@ impl FromStr for Backend {
                 }
                 _ => {
                     return Err(format!(
-                        "unknown key `{key}`: it is vtep, mac, name, weight, vni, port, mtu, \
-                         target_port or udp_checksum"
+                        "unknown key `{key}`: it is vtep, mac, name, weight, drain_until, vni, port, \
+                         mtu, target_port or udp_checksum"
                     ));
                 }
             }
@@ -395,9 +412,30 @@ impl Update {
             let at = position(spec, backend)?;
             spec.backends[at].weight = Some(*weight);
         }
+        let drain = match self.deadline {
+            None => Drain::Forever,
+            Some(deadline) => {
+                let until = SystemTime::now().checked_add(deadline).filter(writable);
+                Drain::Until(until.ok_or_else(|| miette!("the deadline is too far away"))?)
+            }
+        };
+        for backend in &self.backend_drain {
+            let at = position(spec, backend)?;
+            spec.backends[at].drain_until = Some(drain.to_string());
+        }
+        for backend in &self.backend_undrain {
+            let at = position(spec, backend)?;
+            spec.backends[at].drain_until = None;
+        }
         add(spec, self.backend_add.clone());
         Ok(())
     }
+}
+
+/// Whether RFC 3339 has room for the year.
+fn writable(time: &SystemTime) -> bool {
+    let year_10000 = SystemTime::UNIX_EPOCH + Duration::from_secs(253_402_300_800);
+    *time < year_10000
 }
 
 /// Where a backend stands in its service.
@@ -474,7 +512,7 @@ mod tests {
                     backend = [{ name = \"b\", vtep = \"10.0.0.2\", mac = \"02:00:00:00:00:02\" }]\n";
         let (config, _) = Config::parse("test", text).unwrap();
         let service = &config.desired.services[0];
-        let placement = crate::plan::Placement { slot: 0, unreachable: None };
+        let placement = crate::plan::Placement { slot: 0, unreachable: None, drained: false };
         let shown = Inspected(Service::new((service, &[placement]))).to_string();
         assert!(shown.starts_with("# owner file, version "), "{shown}");
         let (again, _) = Config::parse("shown", &shown).unwrap();
@@ -488,6 +526,9 @@ mod tests {
             vip: None,
             publish_add: vec!["443/udp".parse().unwrap()],
             publish_rm: vec!["80".parse().unwrap()],
+            backend_drain: Vec::new(),
+            deadline: None,
+            backend_undrain: Vec::new(),
             backend_add: vec!["vtep=10.0.0.9,mac=02:00:00:00:00:09".parse().unwrap()],
             backend_rm: backend_rm.iter().map(|name| (*name).to_owned()).collect(),
             weight: weight.iter().map(|weight| weight.parse().unwrap()).collect(),

@@ -143,6 +143,7 @@ pub struct Backend {
     pub vtep: Key<String>,
     pub mac: Key<String>,
     pub weight: Key<i64>,
+    pub drain_until: Key<String>,
     pub vni: Key<i64>,
     pub port: Key<i64>,
     pub mtu: Key<i64>,

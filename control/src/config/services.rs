@@ -16,7 +16,7 @@ use super::{
     settings::{self, MAX_TABLE_SIZE, number, prime_from},
 };
 use crate::desired::{
-    Backend, Desired, Mode, Owner, Protocol, Scheduler, Service, ServicePort, Vni,
+    Backend, Desired, Drain, Mode, Owner, Protocol, Scheduler, Service, ServicePort, Vni,
 };
 
 /// Largest share of new connections that one backend can have.
@@ -252,14 +252,27 @@ fn backend(
         .and_then(|key| Some((settings::address("vtep", key, report)?, key.span())));
     let mac = required(&keys.mac, "backend", "mac = \"02:42:0a:00:00:02\"", &at, report)
         .and_then(|key| mac(key, report));
+    let drain = keys.drain_until.as_ref().and_then(|key| drain(key, report));
     let weight = number("weight", &keys.weight, (1, 0..=MAX_WEIGHT), report);
+    let weight = if drain.is_some() { 0 } else { weight };
     let vni = keys.vni.as_ref().map(|key| vni(key, report)).or(defaults.vni).flatten();
     let port = port("port", &keys.port, defaults.port, report);
     let mtu = mtu(&keys.mtu, defaults.vip, report).or(defaults.mtu);
     let udp_checksum = keys.udp_checksum.or(defaults.udp_checksum);
     published.vteps.extend(vtep.clone());
     let vtep = vtep?.0;
-    Some(Backend { name: name?, vtep, mac: mac?, weight, vni: vni?, port, mtu, udp_checksum })
+    let (name, mac, vni) = (name?, mac?, vni?);
+    Some(Backend { name, vtep, mac, weight, drain, vni, port, mtu, udp_checksum })
+}
+
+fn drain(written: &Spanned<String>, report: &mut Report) -> Option<Drain> {
+    let text = written.get_ref();
+    let drain = text.parse().ok();
+    if drain.is_none() {
+        let message = format!("`drain_until` is `{text}`, which is not a time in UTC");
+        report.error(written.span(), message, "as in \"2026-11-21T15:00:00Z\", or \"forever\"");
+    }
+    drain
 }
 
 /// In DSR the packet arrives as the client sent it: no port can be translated.

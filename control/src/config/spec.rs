@@ -101,6 +101,14 @@ pub struct BackendSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 0, maximum = 1000)]
     pub weight: Option<i64>,
+    /// Drains it, whatever its weight: it takes no new connections, and keeps those it has until then. What
+    /// is left goes to others. A time in UTC, RFC 3339, or `forever`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(
+        example = "2026-11-21T15:00:00Z",
+        pattern = "^(forever|[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\\.[0-9]{1,9})?Z)$"
+    )]
+    pub drain_until: Option<String>,
     /// Its VXLAN network identifier, if not the service's.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 0, maximum = 16777215)]
@@ -208,6 +216,7 @@ impl From<&Service> for ServiceSpec {
             vtep: Some(backend.vtep.to_string()),
             mac: Some(backend.mac.to_string()),
             weight: Some(backend.weight.into()),
+            drain_until: backend.drain.map(|drain| drain.to_string()),
             vni: common.is_none().then(|| number(backend.vni)),
             port: Some(backend.port.into()),
             mtu: backend.mtu.map(i64::from),
@@ -277,6 +286,7 @@ impl Places {
             vtep: self.key(&base, "vtep", &spec.vtep),
             mac: self.key(&base, "mac", &spec.mac),
             weight: self.key(&base, "weight", &spec.weight),
+            drain_until: self.key(&base, "drain_until", &spec.drain_until),
             vni: self.key(&base, "vni", &spec.vni),
             port: self.key(&base, "port", &spec.port),
             mtu: self.key(&base, "mtu", &spec.mtu),
@@ -309,7 +319,7 @@ mod tests {
             "name": "web", "vip": "203.0.113.10", "ports": ["80/tcp", "8000-8002/udp"], "vni": 100,
             "backends": [
                 { "name": "web-1", "vtep": "10.0.0.2", "mac": "02:42:0a:00:00:02" },
-                { "name": "web-2", "vtep": "10.0.0.3", "mac": "02:42:0a:00:00:03", "weight": 0, "mtu": 1400 },
+                { "name": "web-2", "vtep": "10.0.0.3", "mac": "02:42:0a:00:00:03", "drain_until": "2026-11-21T15:00:00Z", "mtu": 1400 },
             ],
         })
     }
@@ -328,7 +338,7 @@ mod tests {
             vni = 100
             backend = [
                 { name = "web-1", vtep = "10.0.0.2", mac = "02:42:0a:00:00:02" },
-                { name = "web-2", vtep = "10.0.0.3", mac = "02:42:0a:00:00:03", weight = 0, mtu = 1400 },
+                { name = "web-2", vtep = "10.0.0.3", mac = "02:42:0a:00:00:03", drain_until = "2026-11-21T15:00:00Z", mtu = 1400 },
             ]
         "#;
         let (config, _) = Config::parse("w.toml", text).unwrap();

@@ -85,6 +85,7 @@ fn a_service_as_a_user_writes_it_is_understood() {
                 vtep: "10.0.0.2".parse().unwrap(),
                 mac: "02:42:0a:00:00:02".parse().unwrap(),
                 weight: 1,
+                drain: None,
                 vni: Vni::new(100).unwrap(),
                 port: 4789,
                 mtu: None,
@@ -571,6 +572,12 @@ fn a_backend_that_cannot_be_is_refused_at_its_place() {
         ),
         ("weight = 1 ", "weight = 1001 ", "18:10: `weight` is 1001, out of its range: 0 to 1000"),
         ("weight = 1 ", "weight = -1 ", "18:10: `weight` is -1, out of its range: 0 to 1000"),
+        (
+            "weight = 1 ",
+            "drain_until = \"tomorrow\" ",
+            "18:15: `drain_until` is `tomorrow`, which is not a time in UTC: \
+             as in \"2026-11-21T15:00:00Z\", or \"forever\"",
+        ),
         ("weight = 1 ", "port = 65536 ", "18:8: `port` is 65536, out of its range: 1 to 65535"),
         ("weight = 1 ", "mtu = 9217 ", "18:7: `mtu` is 9217, out of its range: 576 to 9216"),
         (
@@ -772,8 +779,9 @@ fn the_example_shows_the_defaults() {
 #[test]
 fn the_example_has_every_key_and_is_valid_with_all_of_them() {
     let all = uncommented(|_| true);
-    let (_, warnings) = parse(&all);
-    assert!(warnings.is_empty());
+    // Its only backend drains then, and the daemon warns of that.
+    assert_eq!(parse(&all).1.len(), 1);
+    assert!(parse(&uncommented(|line| !line.contains("drain_until"))).1.is_empty());
     let tables: toml::Table = all.parse().unwrap();
     let nested = |path: &[&str]| {
         path.iter()

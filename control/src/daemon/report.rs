@@ -91,7 +91,11 @@ impl Daemon {
 
     /// Says which backends became unreachable or reachable.
     pub(super) fn log_unreachable(&self, before: &[Placement]) {
-        let before: HashMap<Slot, &Placement> = before.iter().map(|was| (was.slot, was)).collect();
+        let unreachable = before.iter().filter(|was| was.unreachable.is_some());
+        let before: HashMap<Slot, &Placement> = unreachable.map(|was| (was.slot, was)).collect();
+        if before.is_empty() && self.backends.iter().all(|now| now.unreachable.is_none()) {
+            return;
+        }
         let names = self.config.desired.backends().map(|(s, b)| (&s.name, &b.name));
         for ((service, backend), placement) in names.zip(self.backends.iter()) {
             let was = before.get(&placement.slot);

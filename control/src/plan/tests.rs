@@ -3,6 +3,9 @@
 use dataplane::{encap, parse, port::Pool, port::sim};
 use etherparse::{NetHeaders, PacketBuilder, PacketHeaders, TransportHeader::Udp, VlanHeader};
 
+use proptest::prelude::*;
+use std::time::Duration;
+
 use super::*;
 use crate::{config::Config, link::VlanTag, next_hop::Resolved};
 
@@ -53,6 +56,7 @@ struct World {
     hops: HashMap<IpAddr, HopState>,
     interfaces: Vec<Interface>,
     offline: bool,
+    time: SystemTime,
 }
 
 impl World {
@@ -69,7 +73,13 @@ impl World {
         let interfaces =
             vec![interface(0, &["10.0.0.1", "fd00::1", "fe80::1"]), interface(1, &["10.1.0.1"])];
         let hops = vteps.iter().map(|vtep| (vtep.parse().unwrap(), resolved(vtep))).collect();
-        Self { config: config(text), hops, interfaces, offline: false }
+        Self {
+            config: config(text),
+            hops,
+            interfaces,
+            offline: false,
+            time: SystemTime::UNIX_EPOCH,
+        }
     }
 
     fn inputs(&self) -> Inputs<'_> {
@@ -82,11 +92,17 @@ impl World {
             vtep6: self.config.node.vtep6,
             answer_arp: self.config.node.answer_arp,
             offline: self.offline,
+            time: self.time,
         }
     }
 
     fn plan(&self) -> Plan {
-        planner(16).plan(&self.inputs(), Tick(0)).unwrap()
+        self.plan_in(16)
+    }
+
+    /// From scratch.
+    fn plan_in(&self, slots: usize) -> Plan {
+        planner(slots).plan(&self.inputs(), Tick(0)).unwrap()
     }
 
     fn set(&mut self, vtep: &str, change: impl FnOnce(&mut Resolved)) {
@@ -272,9 +288,9 @@ fn what_is_steered_are_the_vips_and_their_addresses() {
     let vip = Address::v4([203, 0, 113, 10]);
     let keys =
         |arp| BTreeMap::from([((vip, 0, 0), arp), ((vip, 6, 80), false), ((vip, 17, 443), false)]);
-    assert_eq!(world.plan().steer, keys(false));
+    assert_eq!(*world.plan().steer, keys(false));
     world.config.node.answer_arp = true;
-    assert_eq!(world.plan().steer, keys(true));
+    assert_eq!(*world.plan().steer, keys(true));
     assert!(world.plan().forwarding.answer_arp());
 }
 
@@ -374,4 +390,184 @@ fn offline_a_backend_without_a_way_is_sent_to_zero_mac_addresses() {
     assert!(plan.backends.iter().all(|placement| placement.unreachable.is_none()));
     assert_eq!(encapsulated(&plan, 0)[..12], [0; 12]);
     assert_eq!(backend(&plan, 0).mtu, 1450);
+}
+
+/// A plan in names: what slots there are depends on what was before.
+fn meant(plan: &Plan, world: &World) -> Vec<String> {
+    let mut all = vec![format!("{:?} {:?}", plan.steer, plan.forwarding.link(0))];
+    let desired = &world.config.desired;
+    let names: HashMap<Slot, &str> = desired
+        .backends()
+        .zip(&plan.backends)
+        .map(|((_, backend), placement)| (placement.slot, &*backend.name))
+        .collect();
+    for ((service, backend), placement) in desired.backends().zip(&plan.backends) {
+        let rendered = plan.forwarding.backend(placement.slot);
+        let (service, why) = (&service.name, &placement.unreachable);
+        all.push(format!("{service}/{}: {why:?} {rendered:?}", backend.name));
+    }
+    for service in &desired.services {
+        let at = |vip: Vip| plan.forwarding.service_at(vip.address, vip.protocol, vip.port);
+        let index = at(vips(service)[0]).unwrap();
+        let maglev = &plan.forwarding.service(index).unwrap().maglev;
+        let pick = |i: u64| maglev.pick(i.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let picks = (0..300).map(|i| pick(i).map(|slot| names[&slot]));
+        all.push(format!("{}: {index} {:?}", service.name, picks.collect::<Vec<_>>()));
+    }
+    let slots: HashSet<Slot> = plan.backends.iter().map(|placement| placement.slot).collect();
+    assert_eq!(slots.len(), plan.backends.len(), "one backend for each slot");
+    let unused = (0..64).filter(|slot| !slots.contains(slot));
+    assert!(unused.into_iter().all(|slot| plan.forwarding.backend(slot).is_none()));
+    all
+}
+
+/// One of the things that happen.
+#[derive(Clone, Debug)]
+enum Happening {
+    /// A service is wanted with these backends: their weights, if at all.
+    Want(u8, [Option<u16>; 4]),
+    /// A service is not.
+    Remove(u8),
+    /// The same in other memory, as a file is read again.
+    Reread,
+    Lose(u8),
+    Find(u8, u8),
+    Say(Option<u8>),
+    AnswerArp(bool),
+    Mtu(u16),
+    Wait(u16),
+}
+
+fn happening() -> impl Strategy<Value = Happening> {
+    prop_oneof![
+        4 => (0..5_u8, any::<[Option<u16>; 4]>()).prop_map(|(service, weights)| {
+            Happening::Want(service, weights.map(|weight| weight.map(|weight| weight % 3)))
+        }),
+        2 => (0..5_u8).prop_map(Happening::Remove),
+        1 => Just(Happening::Reread),
+        1 => (2..6_u8).prop_map(Happening::Lose),
+        2 => (2..6_u8, 0..3_u8).prop_map(|(vtep, mac)| Happening::Find(vtep, mac)),
+        1 => proptest::option::of(0..3_u8).prop_map(Happening::Say),
+        1 => any::<bool>().prop_map(Happening::AnswerArp),
+        1 => (1400..1600_u16).prop_map(Happening::Mtu),
+        2 => (0..40_000_u16).prop_map(Happening::Wait),
+    ]
+}
+
+impl World {
+    fn happen(&mut self, happening: &Happening, now: &mut u64) {
+        let name = |number: &u8| "s".repeat(usize::from(*number) + 1);
+        let services = &mut self.config.desired.services;
+        match happening {
+            Happening::Want(number, weights) => {
+                let named = weights.iter().enumerate().filter(|(_, weight)| weight.is_some());
+                let names: Vec<String> = named.map(|(at, _)| at.to_string()).collect();
+                let text = service(&name(number), &names.iter().map(|n| &**n).collect::<Vec<_>>());
+                let mut new = config(&text).desired.services.remove(0);
+                let new_weights = weights.iter().flatten();
+                for (backend, weight) in
+                    Arc::make_mut(&mut new).backends.iter_mut().zip(new_weights)
+                {
+                    backend.weight = *weight;
+                    let last = 2 + (backend.name.as_bytes()[0] + number) % 4;
+                    backend.vtep = IpAddr::from([10, 0, 0, last]);
+                }
+                services.retain(|service| service.name != new.name);
+                services.push(new);
+                services.sort_by(|a, b| a.name.cmp(&b.name));
+            }
+            Happening::Remove(number) => services.retain(|service| service.name != name(number)),
+            Happening::Reread => {
+                services.iter_mut().for_each(|service| *service = Arc::new((**service).clone()));
+            }
+            Happening::Lose(last) => self.lose(&format!("10.0.0.{last}")),
+            Happening::Find(last, mac) => {
+                let vtep = format!("10.0.0.{last}");
+                self.hops.insert(vtep.parse().unwrap(), resolved(&vtep));
+                self.set(&vtep, |hop| hop.dst_mac = MacAddr([2, 0, 0, 0, 2, *mac]));
+            }
+            Happening::Say(mac) => {
+                let said = |mac: u8| NextHop {
+                    vtep: [10, 0, 0, 2].into(),
+                    mac: MacAddr([2, 0, 0, 0, 3, mac]),
+                    interface: None,
+                    mtu: None,
+                };
+                self.config.next_hops = mac.map(said).into_iter().collect();
+            }
+            Happening::AnswerArp(answer) => self.config.node.answer_arp = *answer,
+            Happening::Mtu(mtu) => self.interfaces[0].mtu = u32::from(*mtu),
+            Happening::Wait(ms) => *now += u64::from(*ms),
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_plan_after_many_changes_is_the_one_made_from_scratch(
+        happenings in proptest::collection::vec(happening(), 1..60),
+        limit in 6..24_usize,
+    ) {
+        let mut world = World::new("", &[]);
+        let (mut planner, mut now, mut last) = (planner(limit), 0, None);
+        for happening in &happenings {
+            let desired = world.config.desired.clone();
+            world.happen(happening, &mut now);
+            match planner.plan(&world.inputs(), Tick(now)) {
+                Ok(plan) => {
+                    let scratch = world.plan_in(64);
+                    prop_assert_eq!(meant(&plan, &world), meant(&scratch, &world));
+                    last = Some(plan.backends.iter().map(|placement| placement.slot).collect());
+                }
+                // What was before can be had again, in the same slots.
+                Err(PlanError::NoSlot { used, resting, limit, .. }) => {
+                    prop_assert_eq!(used + resting, limit);
+                    world.config.desired = desired;
+                    let plan = planner.plan(&world.inputs(), Tick(now)).unwrap();
+                    let slots: Vec<Slot> = plan.backends.iter().map(|at| at.slot).collect();
+                    prop_assert_eq!(Some(slots), last.clone());
+                }
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn a_service_that_is_as_it_was_is_not_made_again() {
+    let mut world = World::new(&(service("a", &["1"]) + &service("bb", &["1"])), &["10.0.0.2"]);
+    let mut planner = planner(16);
+    let mut plan = |world: &World| {
+        let steer = planner.plan(&world.inputs(), Tick(0)).unwrap().steer;
+        (["a", "bb"].map(|name| planner.planned[name].clone()), steer)
+    };
+    let (before, steer) = plan(&world);
+    Arc::make_mut(&mut world.config.desired.services[0]).backends[0].weight = 2;
+    let (after, steer_after) = plan(&world);
+    assert!(!Arc::ptr_eq(&before[0], &after[0]) && Arc::ptr_eq(&before[1], &after[1]));
+    assert!(Arc::ptr_eq(&steer, &steer_after));
+    world.lose("10.0.0.2");
+    let (lost, _) = plan(&world);
+    assert!(!Arc::ptr_eq(&after[1], &lost[1]), "its way has changed");
+}
+
+#[test]
+fn a_drain_ends_at_its_deadline_and_gives_the_slot_to_nobody() {
+    let mut world = World::new(TWO, &["10.0.0.2", "10.0.0.3"]);
+    let deadline = world.time + Duration::from_secs(600);
+    let drained = &mut Arc::make_mut(&mut world.config.desired.services[0]).backends[1];
+    (drained.weight, drained.drain) = (0, Some(Drain::Until(deadline)));
+    let mut planner = planner(2);
+    let plan = planner.plan(&world.inputs(), Tick(0)).unwrap();
+    assert_eq!((takers(&plan), plan.drained_at), ([0].into(), Some(deadline)));
+    assert!(plan.forwarding.backend(1).is_some(), "its connections stay");
+    world.time = deadline;
+    let plan = planner.plan(&world.inputs(), Tick(0)).unwrap();
+    assert!(plan.forwarding.backend(1).is_none() && plan.backends[1].drained);
+    assert_eq!((plan.backends[1].slot, plan.drained_at), (1, None));
+    // It is wanted again.
+    let back = &mut Arc::make_mut(&mut world.config.desired.services[0]).backends[1];
+    (back.weight, back.drain) = (1, None);
+    let plan = planner.plan(&world.inputs(), Tick(0)).unwrap();
+    assert_eq!((takers(&plan), plan.backends[1].slot), ([0, 1].into(), 1));
 }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::{
     client::{Held, Load, NO_ERRORS, VIP4, get, load, parse, start_holding, start_load},
     daemon::Daemon,
-    lab::{Lab, bounded},
+    lab::{Lab, bounded, wait_until},
 };
 
 /// A lab whose file has no services.
@@ -119,6 +119,66 @@ fn kill_9_loses_nothing_that_was_acknowledged() {
     get(&lab, VIP4);
 }
 
+/// What `service ps` is told of a backend.
+fn backend(daemon: &Daemon, name: &str) -> Value {
+    let (_, backends) = daemon.call("GET", "/v1/services/web/backends", &Value::Null, "");
+    backends.as_array().unwrap().iter().find(|backend| backend["name"] == name).unwrap().clone()
+}
+
+#[test]
+fn a_drain_keeps_connections_until_its_deadline_and_then_moves_what_is_left() {
+    let lab = bare_lab();
+    let daemon = Daemon::start(&lab, "n1");
+    assert_eq!(daemon.call("POST", "/v1/services", &web([1, 1]), "").0, 201);
+    let holding = start_holding(&lab, VIP4, 18, 14);
+    let before = backend(&daemon, "b2");
+    let said = daemon.wiremesh("service update web --backend-drain b2 --deadline 6s");
+    assert!(said.starts_with("web updated"), "{said}");
+    let draining = backend(&daemon, "b2");
+    assert_eq!(draining["state"], "draining", "{draining}");
+    assert!(draining["drain_left_s"].as_u64().is_some_and(|left| left <= 6), "{draining}");
+    assert!(daemon.wiremesh("service ps web").contains("b2 keeps its connections for "));
+    // New connections go elsewhere, those it has go on.
+    let new = load(&lab, VIP4, 100);
+    assert!(new.errors.is_empty() && !new.backends.contains_key("b2"), "{new:?}");
+    wait_until("the connections left are counted", 4, || {
+        backend(&daemon, "b2")["connections"].as_u64().is_some_and(|left| left > 0)
+    });
+    let packets = |backend: &Value| backend["packets"].as_u64().unwrap();
+    let kept = backend(&daemon, "b2");
+    assert_eq!(kept["state"], "draining", "the deadline has not come: {kept}");
+    assert!(packets(&kept) > packets(&before), "{kept}");
+
+    wait_until("the drain has ended", 10, || backend(&daemon, "b2")["state"] == "drained");
+    let ended = packets(&backend(&daemon, "b2"));
+    let held: Vec<Held> = parse(&holding.finish());
+    let of = |name| move |held: &&Held| held.backend.as_deref() == Some(name);
+    assert!(held.iter().any(|held| of("b2")(&held)), "{held:?}");
+    assert!(held.iter().filter(of("b2")).all(|held| held.outcome != "kept"), "{held:?}");
+    assert!(held.iter().filter(of("b1")).all(|held| held.outcome == "kept"), "{held:?}");
+    assert_eq!(packets(&backend(&daemon, "b2")), ended, "nothing goes there any more");
+
+    daemon.wiremesh("service update web --backend-undrain b2");
+    let again = load(&lab, VIP4, 100);
+    assert!(again.errors.is_empty() && again.backends.contains_key("b2"), "{again:?}");
+}
+
+#[test]
+fn a_drain_and_its_deadline_outlive_the_daemon() {
+    let lab = bare_lab();
+    let daemon = Daemon::start(&lab, "n1");
+    assert_eq!(daemon.call("POST", "/v1/services", &web([1, 1]), "").0, 201);
+    daemon.wiremesh("service update web --backend-drain b2 --deadline 1h");
+    let until = backend(&daemon, "b2")["drain_until"].clone();
+    assert!(until.is_string());
+    daemon.kill_9();
+    let daemon = Daemon::start(&lab, "n1");
+    let draining = backend(&daemon, "b2");
+    assert_eq!((&draining["state"], &draining["drain_until"]), (&json!("draining"), &until));
+    let new = load(&lab, VIP4, 50);
+    assert!(new.errors.is_empty() && !new.backends.contains_key("b2"), "{new:?}");
+}
+
 fn names(daemon: &Daemon) -> Vec<String> {
     let (_, services) = daemon.call("GET", "/v1/services", &Value::Null, "");
     let services = services.as_array().unwrap();
@@ -138,7 +198,7 @@ fn a_file_that_claims_what_the_api_has_is_refused_and_both_go_on() {
     );
     fs::write(&config, &clash).unwrap();
     daemon.reload();
-    crate::lab::wait_until("the refusal is told", 10, || {
+    wait_until("the refusal is told", 10, || {
         daemon.status()["refused"].as_str().is_some_and(|said| {
             said == "the file's `mine` and the api's `web` both publish 80/tcp of 203.0.113.10"
         })

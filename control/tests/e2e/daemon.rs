@@ -99,6 +99,15 @@ impl Daemon {
         (status.parse().unwrap(), serde_json::from_str(body).unwrap_or_default())
     }
 
+    /// Says something to it on the command line, which must succeed. Returns what was printed.
+    pub fn wiremesh(&self, words: &str) -> String {
+        let mut run = bounded(WIREMESH);
+        let run = run.args(words.split(' ')).arg("--socket").arg(&self.socket);
+        let output = run.output().unwrap();
+        assert!(output.status.success(), "{words}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
     /// One of the workers' counters, summed.
     pub fn counter(&self, name: &str) -> u64 {
         let status = self.status();

@@ -5,11 +5,13 @@
 //! reference to its chunk dies before the descriptor enters a ring (`Frame::into_chunk`), and a new
 //! one is made when the kernel hands the descriptor back.
 //!
-//! `open` holds the settings, binding, and what to say when the kernel refuses; `rest` says when to sleep.
+//! `open` holds the settings, binding, and what to say when the kernel refuses; `rest` says when to sleep, `wake`
+//! ends that.
 #![allow(unsafe_code)]
 
 mod open;
 mod rest;
+mod wake;
 
 use std::{
     io, iter, mem,
@@ -29,6 +31,7 @@ use xsk_rs::{
 pub use self::{
     open::{BindReport, BusyPoll, CopyMode, HugePages, Settings, XskError, open},
     rest::{Rest, SLEEP_MS},
+    wake::{Bell, Ear, bell},
 };
 use super::{BURST, Frame, Frames, HEADROOM, OUTBOUND, Pool, Port};
 
@@ -503,7 +506,8 @@ pub fn permitted() -> Result<(), XskError> {
     Ok(())
 }
 
-/// Sleeps until a port has received something, at most this long. Says whether one has.
+/// Sleeps until a port has received something or the bell is rung, at most this long. Says whether a port
+/// has.
 ///
 /// Polling also kicks what wants to be kicked, and in copy mode it sends what is in the tx rings.
 ///
@@ -512,13 +516,18 @@ pub fn permitted() -> Result<(), XskError> {
 ///
 /// # Panics
 /// If there are more than 256 ports.
-pub fn wait(ports: &[XskPort], timeout_ms: i32) -> io::Result<bool> {
-    let poll = |port: &XskPort| libc::pollfd { fd: port.fd(), events: libc::POLLIN, revents: 0 };
-    let mut polled: ArrayVec<libc::pollfd, MAX_PORTS> = ports.iter().map(poll).collect();
+pub fn wait(ports: &[XskPort], ear: Option<&Ear>, timeout_ms: i32) -> io::Result<bool> {
+    let poll = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    let fds = ports.iter().map(XskPort::fd).chain(ear.map(Ear::fd));
+    let mut polled: ArrayVec<libc::pollfd, { MAX_PORTS + 1 }> = fds.map(poll).collect();
     // SAFETY: the pointer and length are those of a live array.
     let ready = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as u64, timeout_ms) };
     if ready >= 0 {
-        return Ok(polled.iter().any(|port| port.revents & libc::POLLIN != 0));
+        let has = |polled: &libc::pollfd| polled.revents & libc::POLLIN != 0;
+        if let Some(ear) = ear.filter(|_| polled.last().is_some_and(has)) {
+            ear.clear();
+        }
+        return Ok(polled[..ports.len()].iter().any(has));
     }
     let error = io::Error::last_os_error();
     if error.kind() == io::ErrorKind::Interrupted { Ok(false) } else { Err(error) }
