@@ -5,7 +5,7 @@ use std::{collections::HashMap, fmt, net::IpAddr, str::FromStr, sync::Arc};
 
 use dataplane::{flow::protocol, wire::ethernet::MacAddr};
 
-use crate::config::ServiceSpec;
+use crate::{config::ServiceSpec, health::Health};
 
 /// Everything that is wanted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -150,6 +150,8 @@ pub struct Service {
     pub ports: Vec<ServicePort>,
     /// How packets get to its backends.
     pub mode: Mode,
+    /// How its backends are checked, if they are.
+    pub health: Option<Health>,
     /// May be empty.
     pub backends: Vec<Backend>,
 }
@@ -173,6 +175,8 @@ pub struct Backend {
     pub mtu: Option<u16>,
     /// What the outer UDP checksum is. `None`: zero over IPv4, computed over IPv6.
     pub udp_checksum: Option<bool>,
+    /// Where it is checked, but for checks through the tunnel.
+    pub address: Option<IpAddr>,
 }
 
 /// What two services can't both have.

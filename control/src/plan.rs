@@ -21,6 +21,7 @@ use dataplane::{
 use crate::{
     config::NextHop,
     desired::{Backend, Desired, Service, ServicePort},
+    health::{AllDown, OnDown, Verdict, Verdicts},
     link::LinkIndex,
     next_hop::HopState,
 };
@@ -49,6 +50,8 @@ pub struct Inputs<'a> {
     pub desired: &'a Desired,
     /// What the kernel knows of the way to each VTEP.
     pub hops: &'a HashMap<IpAddr, HopState>,
+    /// What is thought of the backends that are checked.
+    pub health: &'a Verdicts,
     /// What the operator knows better.
     pub next_hops: &'a [NextHop],
     /// Our interfaces.
@@ -84,6 +87,15 @@ pub struct Placement {
     pub slot: Slot,
     /// Why it can't be reached, if so.
     pub unreachable: Option<String>,
+    /// What is thought of it, if it is checked.
+    pub health: Option<Verdict>,
+}
+
+impl Placement {
+    /// Whether its checks say that it does not serve.
+    pub fn is_down(&self) -> bool {
+        self.health.as_ref().is_some_and(Verdict::is_down)
+    }
 }
 
 /// A state that can't be forwarded by.
@@ -175,9 +187,18 @@ impl Planner {
                     backends.resize(at + 1, None);
                 }
                 backends[at] = Some(rendered);
-                placements.push(Placement { slot, unreachable });
+                placements.push(Placement {
+                    slot,
+                    unreachable,
+                    health: health_of(inputs, service, backend),
+                });
             }
-            let built = self.maglev(service, &placements[first..]);
+            let own = &placements[first..];
+            let takes = takers(service, own);
+            for left_out in left_to_others(service, own, &takes) {
+                backends[left_out as usize] = None;
+            }
+            let built = self.maglev(service, own, &takes);
             services.push(forwarding::Service { vips: vips(service), maglev: built.1.clone() });
             maglevs.insert(service.name.clone(), built);
         }
@@ -192,16 +213,12 @@ impl Planner {
         Ok(Plan { forwarding, steer: steer(inputs), backends: placements })
     }
 
-    /// The table of those that take new connections: weighted, and reachable as far as any is. The old
-    /// one, if nothing changed.
-    fn maglev(&self, service: &Service, placements: &[Placement]) -> Built {
-        let all: Vec<_> = service.backends.iter().zip(placements).collect();
-        let reachable = |(_, placement): &&(&Backend, &Placement)| placement.unreachable.is_none();
-        let some_reachable = all.iter().any(|both| both.0.weight > 0 && reachable(&both));
+    /// The table of those that take new connections. The old one, if nothing changed.
+    fn maglev(&self, service: &Service, placements: &[Placement], takes: &[bool]) -> Built {
+        let all = service.backends.iter().zip(placements).zip(takes);
         let takers: Vec<(String, u16, Slot)> = all
-            .iter()
-            .filter(|both| !some_reachable || reachable(both))
-            .map(|(backend, placement)| (backend.name.clone(), backend.weight, placement.slot))
+            .filter(|(_, takes)| **takes)
+            .map(|((backend, at), _)| (backend.name.clone(), backend.weight, at.slot))
             .collect();
         match self.maglevs.get(&service.name) {
             Some((before, maglev)) if *before == takers => (takers, maglev.clone()),
@@ -216,6 +233,39 @@ impl Planner {
             }
         }
     }
+}
+
+/// What is thought of a backend, if its service has checks.
+pub fn health_of(inputs: &Inputs<'_>, service: &Service, backend: &Backend) -> Option<Verdict> {
+    service.health.as_ref().map(|_| inputs.health.of(&service.name, &backend.name))
+}
+
+/// Which backends may take new connections, their weight permitting: those that are up, and reachable as
+/// far as any is. If there is none, it is for the service to say whether the checks still count.
+fn takers(service: &Service, placements: &[Placement]) -> Vec<bool> {
+    let all = || service.backends.iter().zip(placements);
+    let reachable = |placement: &Placement| placement.unreachable.is_none();
+    let usable = |placement: &Placement| reachable(placement) && !placement.is_down();
+    if all().any(|(backend, placement)| backend.weight > 0 && usable(placement)) {
+        return placements.iter().map(usable).collect();
+    }
+    if service.health.as_ref().is_some_and(|health| health.all_down == AllDown::Stop) {
+        return placements.iter().map(|placement| !placement.is_down()).collect();
+    }
+    let some = all().any(|(backend, placement)| backend.weight > 0 && reachable(placement));
+    placements.iter().map(|placement| !some || reachable(placement)).collect()
+}
+
+/// The slots of down backends whose connections are to go elsewhere: workers know nothing of them, as if
+/// they had been removed.
+fn left_to_others(
+    service: &Service,
+    placements: &[Placement],
+    takes: &[bool],
+) -> impl Iterator<Item = Slot> {
+    let reselect = service.health.as_ref().is_some_and(|health| health.on_down == OnDown::Reselect);
+    let down = placements.iter().zip(takes).filter(|(at, takes)| at.is_down() && !**takes);
+    down.filter(move |_| reselect).map(|(at, _)| at.slot)
 }
 
 /// A backend's identity: names of its service and itself.

@@ -14,6 +14,7 @@ use tokio::sync::Mutex;
 use crate::{
     config::{Config, Maglev},
     desired::{Backend, Desired, Service, port_ranges},
+    health::{Board, Report, Verdict},
     plan::Placement,
     status::{
         BackendStatus, PortStatus, ServiceStatus, Status, WorkerStatus, drops, events, losses,
@@ -72,9 +73,19 @@ pub fn placed<'a>(
 pub fn state(backend: &Backend, placement: &Placement) -> &'static str {
     match (&placement.unreachable, backend.weight) {
         (Some(_), _) => "unreachable",
+        (None, _) if placement.is_down() => "down",
         (None, 0) => "draining",
         (None, _) => "active",
     }
+}
+
+/// Why a backend is unreachable or down.
+pub fn reason(placement: &Placement) -> Option<String> {
+    let down = || match &placement.health {
+        Some(Verdict::Down { reason }) => Some(reason.to_string()),
+        _ => None,
+    };
+    placement.unreachable.clone().or_else(down)
 }
 
 /// What does not change after the start.
@@ -98,6 +109,8 @@ pub struct Observed {
     pub metrics_limit: usize,
     /// What the workers count time from.
     pub start: Instant,
+    /// The last results of health checks.
+    pub board: Arc<Board>,
     census: Mutex<Option<Taken>>,
 }
 
@@ -126,7 +139,12 @@ const CENSUS_SHARE: u32 = 10;
 
 impl Observed {
     /// Of a fleet that was started by this configuration. `ports` are those of each worker.
-    pub fn new(config: &Config, fleet: &Fleet, ports: Vec<Vec<PortStatus>>) -> Self {
+    pub fn new(
+        config: &Config,
+        fleet: &Fleet,
+        ports: Vec<Vec<PortStatus>>,
+        board: Arc<Board>,
+    ) -> Self {
         Self {
             node: config.node.name.clone(),
             workers: fleet.workers.clone(),
@@ -137,6 +155,7 @@ impl Observed {
             maglev: config.maglev.clone(),
             metrics_limit: config.api.metrics_limit as usize,
             start: fleet.start_time(),
+            board,
             census: Mutex::default(),
         }
     }
@@ -154,6 +173,7 @@ impl Observed {
             maglev: config.maglev.clone(),
             metrics_limit: config.api.metrics_limit as usize,
             start: Instant::now(),
+            board: Arc::default(),
             census: Mutex::default(),
         }
     }
@@ -234,6 +254,7 @@ impl Observed {
         placements: &[Placement],
         census: &Census,
     ) -> Vec<BackendStatus> {
+        let reports = self.board.of(&service.name);
         let backend = |(backend, placement): (&Backend, &Placement)| {
             let slot = placement.slot as usize;
             let (packets, bytes) = self
@@ -245,7 +266,12 @@ impl Observed {
                 vtep: backend.vtep.to_string(),
                 weight: backend.weight,
                 state: state(backend, placement).to_owned(),
-                reason: placement.unreachable.clone(),
+                reason: reason(placement),
+                health: placement.health.as_ref().map(|verdict| Report {
+                    // That of the snapshot; the board may be a moment ahead.
+                    verdict: verdict.word().to_owned(),
+                    ..reports.get(&*backend.name).cloned().unwrap_or_default()
+                }),
                 packets,
                 bytes,
                 connections: census.by_slot.get(slot).copied().unwrap_or_default(),

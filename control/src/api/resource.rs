@@ -38,6 +38,8 @@ pub struct Backends {
     pub active: usize,
     /// They keep those they have: their weight is 0.
     pub draining: usize,
+    /// Their checks say that they don't serve.
+    pub down: usize,
     /// Their next hop is unknown.
     pub unreachable: usize,
 }
@@ -102,7 +104,7 @@ pub struct Flow {
     pub service: String,
     /// The backend.
     pub backend: String,
-    /// `active`, `draining` or `unreachable`.
+    /// `active`, `draining`, `down` or `unreachable`.
     pub state: String,
     /// Connections remembered, unless ended.
     pub connections: u64,
@@ -165,6 +167,7 @@ impl Service {
             match view::state(backend, placement) {
                 "active" => backends.active += 1,
                 "draining" => backends.draining += 1,
+                "down" => backends.down += 1,
                 _ => backends.unreachable += 1,
             }
         }

@@ -10,6 +10,7 @@ use super::{
     Limits, Maglev, NextHop,
     file::{self, Key, Mode as WrittenMode},
     finding::{Report, Span},
+    health,
     settings::{self, MAX_TABLE_SIZE, number, prime_from},
 };
 use crate::desired::{Backend, Desired, Mode, Owner, Protocol, Service, ServicePort, Vni};
@@ -111,7 +112,9 @@ fn service(
         claim(name, vip, ports, published, report);
     }
     let ports = ports.map(|ports| ports.into_iter().map(|(port, _)| port).collect::<Vec<_>>());
-    let backends = backends(keys, vip, ports.as_deref().unwrap_or(&[]), published, report);
+    let listed = ports.as_deref().unwrap_or(&[]);
+    let backends = backends(keys, vip, listed, published, report);
+    let health = keys.health.as_ref().and_then(|key| health::health(key, listed, report));
     Some(Service {
         owner: Owner::File,
         written: None,
@@ -119,6 +122,8 @@ fn service(
         vip: vip?,
         ports: ports?,
         mode: Mode::Dsr,
+        // One that is wrong has been reported.
+        health,
         backends,
     })
 }
@@ -183,6 +188,9 @@ fn backends(
             report.conflict(key.span(), message, "choose another name", first);
         }
         direct(written.get_ref(), ports, report);
+        if let Some(key) = &service.health {
+            health::is_reached(&key.get_ref().check, written, report);
+        }
         backends.extend(backend(written, &defaults, published, report));
     }
     // Once for all of them, as one line heals them all.
@@ -221,9 +229,20 @@ fn backend(
     let port = port("port", &keys.port, defaults.port, report);
     let mtu = mtu(&keys.mtu, defaults.vip, report).or(defaults.mtu);
     let udp_checksum = keys.udp_checksum.or(defaults.udp_checksum);
+    let address = health::address(written, defaults.vip, report);
     published.vteps.extend(vtep.clone());
     let vtep = vtep?.0;
-    Some(Backend { name: name?, vtep, mac: mac?, weight, vni: vni?, port, mtu, udp_checksum })
+    Some(Backend {
+        name: name?,
+        vtep,
+        mac: mac?,
+        weight,
+        vni: vni?,
+        port,
+        mtu,
+        udp_checksum,
+        address,
+    })
 }
 
 /// In DSR the packet arrives as the client sent it: no port can be translated.

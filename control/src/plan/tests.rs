@@ -52,6 +52,7 @@ struct World {
     config: Config,
     hops: HashMap<IpAddr, HopState>,
     interfaces: Vec<Interface>,
+    health: Verdicts,
     offline: bool,
 }
 
@@ -69,13 +70,14 @@ impl World {
         let interfaces =
             vec![interface(0, &["10.0.0.1", "fd00::1", "fe80::1"]), interface(1, &["10.1.0.1"])];
         let hops = vteps.iter().map(|vtep| (vtep.parse().unwrap(), resolved(vtep))).collect();
-        Self { config: config(text), hops, interfaces, offline: false }
+        Self { config: config(text), hops, interfaces, health: Verdicts::default(), offline: false }
     }
 
     fn inputs(&self) -> Inputs<'_> {
         Inputs {
             desired: &self.config.desired,
             hops: &self.hops,
+            health: &self.health,
             next_hops: &self.config.next_hops,
             interfaces: &self.interfaces,
             vtep: self.config.node.vtep,
@@ -347,4 +349,78 @@ fn offline_a_backend_without_a_way_is_sent_to_zero_mac_addresses() {
     assert!(plan.backends.iter().all(|placement| placement.unreachable.is_none()));
     assert_eq!(encapsulated(&plan, 0)[..12], [0; 12]);
     assert_eq!(backend(&plan, 0).mtu, 1450);
+}
+
+/// `TWO`, checked, with these keys of its checks.
+fn checked(keys: &str) -> World {
+    let health = format!("[service.health]\ncheck = \"tunnel\"\n{keys}\n");
+    World::new(&format!("{TWO}{health}"), &["10.0.0.2", "10.0.0.3"])
+}
+
+fn judge(world: &mut World, backend: &str, verdict: Verdict) {
+    world.health.set(&"web".into(), &backend.into(), verdict);
+}
+
+fn down() -> Verdict {
+    Verdict::Down { reason: "connection refused".into() }
+}
+
+#[test]
+fn a_backend_counts_as_up_until_it_is_down_and_then_others_have_its_share_and_connections() {
+    let mut world = checked("");
+    let plan = world.plan();
+    assert_eq!(takers(&plan), [0, 1].into());
+    assert_eq!(plan.backends[0].health, Some(Verdict::Unknown));
+    judge(&mut world, "web-1", Verdict::Up);
+    judge(&mut world, "web-2", down());
+    let plan = world.plan();
+    assert_eq!(takers(&plan), [0].into());
+    assert!(plan.forwarding.backend(1).is_none(), "a remembered connection is an orphan");
+    assert_eq!(plan.backends[1].health, Some(down()));
+    judge(&mut world, "web-2", Verdict::Up);
+    assert_eq!(takers(&world.plan()), [0, 1].into());
+}
+
+#[test]
+fn a_down_backend_keeps_its_connections_if_its_service_says_so() {
+    let mut world = checked("on_down = \"keep\"");
+    judge(&mut world, "web-2", down());
+    let plan = world.plan();
+    assert_eq!(takers(&plan), [0].into());
+    assert!(backend(&plan, 1).reachable);
+}
+
+#[test]
+fn while_all_are_down_the_service_goes_on_or_stops() {
+    for (keys, expected) in [("", vec![0, 1]), ("all_down = \"stop\"", vec![])] {
+        let mut world = checked(keys);
+        judge(&mut world, "web-1", down());
+        judge(&mut world, "web-2", down());
+        let plan = world.plan();
+        assert_eq!(takers(&plan), expected.iter().copied().collect(), "{keys}");
+        let there = (0..2).filter(|slot| plan.forwarding.backend(*slot).is_some());
+        assert_eq!(there.count(), expected.len(), "{keys}");
+        // One that drains is not there to take what they leave.
+        judge(&mut world, "web-1", Verdict::Up);
+        Arc::make_mut(&mut world.config.desired.services[0]).backends[0].weight = 0;
+        let some = !expected.is_empty();
+        assert_eq!(takers(&world.plan()).len(), usize::from(some), "{keys}");
+    }
+}
+
+#[test]
+fn one_that_is_up_and_unreachable_is_no_reason_to_leave_out_one_that_is_down() {
+    let mut world = checked("");
+    judge(&mut world, "web-2", down());
+    world.lose("10.0.0.2");
+    assert_eq!(takers(&world.plan()), [1].into(), "it can be reached, and may serve");
+}
+
+#[test]
+fn a_verdict_means_nothing_to_a_service_without_checks() {
+    let mut world = World::new(TWO, &["10.0.0.2", "10.0.0.3"]);
+    judge(&mut world, "web-2", down());
+    let plan = world.plan();
+    assert_eq!(takers(&plan), [0, 1].into());
+    assert_eq!(plan.backends[1].health, None);
 }
