@@ -12,5 +12,6 @@ mod api;
 mod changes;
 mod cli;
 mod failures;
+mod health;
 mod traffic;
 mod wire;
