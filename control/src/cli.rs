@@ -3,6 +3,7 @@
 //! Results go to stdout, all else to stderr. What is asked of a daemon is asked by its API; the exit codes
 //! are those in [`EXIT_CODES`].
 
+mod health;
 mod service;
 mod show;
 

@@ -5,6 +5,7 @@
 
 mod file;
 mod finding;
+mod health;
 mod services;
 mod settings;
 mod spec;
@@ -24,6 +25,7 @@ use serde::Deserialize;
 
 pub use self::{
     finding::{ConfigErrors, Finding, LoadError, Warning},
+    health::{CheckKind, HealthSpec, written_range},
     settings::MIN_HANG_TIMEOUT_MS,
     spec::{BackendSpec, Mode, Remark, Scheduler, ServiceSpec},
 };
@@ -254,6 +256,8 @@ pub struct Limits {
     pub backends: u32,
     /// Addresses, protocols and ports of all services.
     pub vips: u32,
+    /// Health checks under way at once.
+    pub health_checks: u32,
 }
 
 /// `[[next_hop]]`: how to reach a VTEP, whatever the kernel says.
@@ -387,7 +391,7 @@ impl Default for Maglev {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { backends: 1 << 14, vips: 1 << 16 }
+        Self { backends: 1 << 14, vips: 1 << 16, health_checks: 1024 }
     }
 }
 
@@ -478,7 +482,7 @@ impl Config {
                 capacity, admissions_per_s, unconfirmed_s, tcp_idle_s, tcp_closing_s, udp_idle_s
             }
             maglev: Maglev { table_size, seed }
-            limits: Limits { backends, vips }
+            limits: Limits { backends, vips, health_checks }
         }
         keys
     }

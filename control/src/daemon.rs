@@ -8,7 +8,7 @@ mod report;
 mod steering;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     io,
     net::IpAddr,
     path::Path,
@@ -39,9 +39,10 @@ use crate::{
     causes,
     config::{Config, Exceeded, LoadError, Warning},
     desired::{Conflict, Desired, Service, join},
+    health::{Checks, Home, Verdict, Verdicts},
     link::{self, LinkError},
     next_hop::{Hops, NextHopError, NextHops},
-    plan::{Inputs, Interface, Placement, Plan, PlanError, Planner, Settings, SteerKey},
+    plan::{Inputs, Interface, Placement, Plan, PlanError, Planner, Settings, SteerKey, health_of},
     source::{
         api::{Store, StoreError},
         file::{Cause, FileSource, FileSourceError},
@@ -112,6 +113,9 @@ pub enum RunError {
     /// The API's addresses.
     #[error(transparent)]
     Tcp(#[from] TcpError),
+    /// The thread that checks backends.
+    #[error("health checks can't be started")]
+    Health(#[source] io::Error),
     /// Signals.
     #[error("cannot listen for signals")]
     Signal(#[source] io::Error),
@@ -154,6 +158,7 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(RunError::Signal)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Signal)?;
     let mut hops = daemon.next_hops.subscribe();
+    let mut verdicts = daemon.checks.subscribe();
     let mut tick = time::interval(TICK);
     tick.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
     let mut relink = time::interval(RELINK);
@@ -173,6 +178,7 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
                 let hops = hops.borrow_and_update().clone();
                 daemon.rehop(hops).await;
             }
+            Ok(()) = verdicts.changed() => daemon.rejudge().await,
             _ = tick.tick() => {
                 daemon.publisher.retire();
                 daemon.end_drains().await;
@@ -215,6 +221,8 @@ struct Daemon {
     /// Whose ways are followed.
     vteps: BTreeSet<IpAddr>,
     hops: Hops,
+    checks: Checks,
+    verdicts: Verdicts,
     planner: Planner,
     /// Must outlive the workers, so that they free no snapshot.
     fleet: Fleet,
@@ -251,7 +259,8 @@ impl Daemon {
         }
         let hops = next_hops.subscribe().borrow().clone();
         let mut planner = planner(&config);
-        let plan = planner.plan(&inputs(&config, &hops, &interfaces), Tick(0))?;
+        let verdicts = Verdicts::default();
+        let plan = planner.plan(&inputs(&config, &hops, &verdicts, &interfaces), Tick(0))?;
         let mut publisher = Publisher::new(Arc::new(plan.forwarding));
         let queues: Vec<Queues> = links
             .iter()
@@ -263,6 +272,9 @@ impl Daemon {
             .collect();
         let fleet = Fleet::start(&config, &queues, &mut publisher)?;
         fleet.leave_cores_to_workers();
+        // Where we are now, off the workers' cores.
+        let limit = config.limits.health_checks as usize;
+        let checks = Checks::start(limit).map_err(RunError::Health)?;
         let generation = publisher.generation();
         let mut daemon = Self {
             config,
@@ -271,6 +283,8 @@ impl Daemon {
             next_hops,
             vteps,
             hops,
+            checks,
+            verdicts,
             planner,
             fleet,
             publisher,
@@ -288,6 +302,7 @@ impl Daemon {
         daemon.log_unreachable(&[]);
         // Published before steered: XDP never hands over what no worker knows.
         daemon.steer_more(&plan.steer)?;
+        daemon.check();
         info!(node = daemon.config.node.name, vips = daemon.steered.len(), "ready");
         Ok(daemon)
     }
@@ -360,6 +375,7 @@ impl Daemon {
         let outcome = self.go_over(next, &vteps).await;
         if outcome.is_ok() {
             (self.wanted, self.vteps) = (wanted, vteps);
+            self.check();
         }
         // Nobody else's ways are followed any more, or still.
         self.next_hops.want(&self.vteps);
@@ -393,6 +409,53 @@ impl Daemon {
             ),
         }
         Err(refused)
+    }
+
+    /// Checks the services' backends, and no others.
+    fn check(&mut self) {
+        let services = self.config.desired.services.iter();
+        let checked: HashMap<&str, &Service> = services
+            .filter(|service| service.health.is_some())
+            .map(|service| (&*service.name, &**service))
+            .collect();
+        self.verdicts.retain(|service, backend| {
+            let service = checked.get(service);
+            service.is_some_and(|service| service.backends.iter().any(|b| b.name == backend))
+        });
+        let home = Home {
+            mac: self.interfaces.first().map(|interface| interface.mac).unwrap_or_default(),
+            vteps: self.config.node.vteps(),
+            addresses: self.interfaces.iter().flat_map(|i| i.addresses.iter().copied()).collect(),
+        };
+        self.checks.want(&self.config.desired, home);
+    }
+
+    /// What is thought of backends has changed.
+    async fn rejudge(&mut self) {
+        let mut moved = false;
+        for ((service, backend), verdict) in self.checks.news() {
+            let before = self.verdicts.set(&service, &backend, verdict.clone());
+            moved |= before.is_down() != verdict.is_down();
+            match &verdict {
+                Verdict::Down { reason } => warn!(%service, %backend, "down: {reason}"),
+                Verdict::Up => info!(%service, %backend, "up"),
+                Verdict::Unknown => {}
+            }
+        }
+        if moved {
+            if let Err(refused) = self.replan(self.hops.clone()).await {
+                log_refused("health", &refused);
+            }
+            return;
+        }
+        // Nothing that workers have to know.
+        let inputs = inputs(&self.config, &self.hops, &self.verdicts, &self.interfaces);
+        let placed = self.config.desired.backends().zip(self.backends.iter());
+        let rejudge = |((service, backend), placement): ((&Service, _), &Placement)| Placement {
+            health: health_of(&inputs, service, backend),
+            ..placement.clone()
+        };
+        self.backends = placed.map(rejudge).collect();
     }
 
     /// Next hops have changed.
@@ -456,6 +519,7 @@ impl Daemon {
             warn_too_large(&self.interfaces, self.config.dataplane.frame_size_bytes);
         }
         let hops = self.hops.clone();
+        self.check();
         let followed = match self.follow_macs() {
             Ok(()) => self.replan(hops).await,
             Err(refused) => Err(refused),
@@ -495,7 +559,7 @@ impl Daemon {
     /// Plans anew and brings workers and XDP in step: what is steered is always a part of what workers
     /// know.
     async fn replan(&mut self, hops: Hops) -> Result<(), RunError> {
-        let inputs = inputs(&self.config, &hops, &self.interfaces);
+        let inputs = inputs(&self.config, &hops, &self.verdicts, &self.interfaces);
         let Plan { forwarding, steer, backends, drained_at } =
             self.planner.plan(&inputs, self.fleet.now())?;
         let before = self.in_step.take();
@@ -600,10 +664,16 @@ fn interface(link: &link::Link) -> Interface {
     }
 }
 
-fn inputs<'a>(config: &'a Config, hops: &'a Hops, interfaces: &'a [Interface]) -> Inputs<'a> {
+fn inputs<'a>(
+    config: &'a Config,
+    hops: &'a Hops,
+    health: &'a Verdicts,
+    interfaces: &'a [Interface],
+) -> Inputs<'a> {
     Inputs {
         desired: &config.desired,
         hops,
+        health,
         next_hops: &config.next_hops,
         interfaces,
         vtep: config.node.vtep,

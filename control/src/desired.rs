@@ -6,7 +6,10 @@ use std::{fmt, net::IpAddr, str::FromStr, sync::Arc, time::SystemTime};
 use dataplane::{flow::protocol, wire::ethernet::MacAddr};
 use foldhash::{HashMap, HashMapExt};
 
-use crate::config::{self, ServiceSpec};
+use crate::{
+    config::{self, ServiceSpec},
+    health::Health,
+};
 
 /// Everything that is wanted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -181,6 +184,8 @@ pub struct Service {
     pub mode: Mode,
     /// How its new connections are placed.
     pub scheduler: Scheduler,
+    /// How its backends are checked, if they are.
+    pub health: Option<Health>,
     /// May be empty.
     pub backends: Vec<Backend>,
 }
@@ -206,6 +211,8 @@ pub struct Backend {
     pub mtu: Option<u16>,
     /// What the outer UDP checksum is. `None`: zero over IPv4, computed over IPv6.
     pub udp_checksum: Option<bool>,
+    /// Where it is checked, but for checks through the tunnel.
+    pub address: Option<IpAddr>,
 }
 
 /// How long a backend that drains keeps its connections.

@@ -74,6 +74,8 @@ pub enum Explanation {
         candidates: usize,
         /// Those that drain.
         draining: Vec<String>,
+        /// Those whose checks say that they don't serve.
+        down: Vec<String>,
         /// Those that can't be reached.
         unreachable: Vec<String>,
         /// Why this one.
@@ -143,7 +145,8 @@ pub struct Remembered {
     pub worker: usize,
     /// Whose it is.
     pub backend: String,
-    /// `active`, `draining` or `unreachable`; `gone` if the backend was removed: then it is chosen anew.
+    /// `active`, `draining`, `down` or `unreachable`; `gone` if the backend was
+    /// removed, or is down and its connections go elsewhere: then it is chosen anew.
     pub state: String,
 }
 
@@ -155,7 +158,10 @@ impl fmt::Display for Explained {
         }
         for Remembered { worker, backend, state } in &self.remembered {
             match &**state {
-                "gone" => writeln!(f, "now      worker {worker} remembers a backend that is gone")?,
+                "gone" => writeln!(
+                    f,
+                    "now      worker {worker} remembers a backend that is gone or down"
+                )?,
                 _ => writeln!(f, "now      worker {worker} remembers {backend}, which is {state}")?,
             }
         }
@@ -262,7 +268,7 @@ fn explained(
     };
     let selected = match select::select(flow, hash, forwarding, &mut context) {
         Ok(selected) => selected,
-        Err(reason) => return dropped(reason, why_dropped(desired, protocol, vip)),
+        Err(reason) => return dropped(reason, why_dropped(desired, placements, protocol, vip)),
     };
     let placed = |slot: Slot| {
         let mut placed = desired.backends().zip(placements);
@@ -292,15 +298,25 @@ fn forwarded(
     backend: &Backend,
     worker: Option<usize>,
 ) -> Explanation {
-    let (mut takers, mut draining, mut unreachable) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut takers, mut draining) = (Vec::new(), Vec::new());
+    let (mut down, mut unreachable) = (Vec::new(), Vec::new());
     for (backend, placement) in service.backends.iter().zip(placements) {
         match view::state(backend, placement) {
             "active" => takers.push(backend),
             "draining" | "drained" => draining.push(backend.name.clone()),
+            "down" => down.push(backend),
             _ => unreachable.push(backend.name.clone()),
         }
     }
+    // Where nobody else is left, a service may go on with those that are down.
+    let all_down = takers.is_empty();
+    if all_down {
+        takers = std::mem::take(&mut down);
+        takers.retain(|backend| backend.weight > 0);
+    }
+    let down: Vec<String> = down.into_iter().map(|backend| backend.name.clone()).collect();
     let choice = match takers.len() {
+        _ if all_down => "all backends are down, and all_down is keep-last".to_owned(),
         1 => "it is the only backend that takes new connections".to_owned(),
         count => choice(service.scheduler, count, worker),
     };
@@ -314,6 +330,7 @@ fn forwarded(
         names => format!("; {} {many}", names.join(", ")),
     };
     let drain = those(&draining, "drains", "drain");
+    let ill = those(&down, "is down", "are down");
     let away = those(&unreachable, "can't be reached", "can't be reached");
     Explanation::Forwarded {
         service: service.name.clone(),
@@ -328,8 +345,9 @@ fn forwarded(
         mac: backend.mac.to_string(),
         candidates: takers.len(),
         draining,
+        down,
         unreachable,
-        why: format!("{choice}{drain}{away}; a remembered connection keeps its backend"),
+        why: format!("{choice}{drain}{ill}{away}; a remembered connection keeps its backend"),
     }
 }
 
@@ -357,10 +375,22 @@ fn choice(scheduler: desired::Scheduler, count: usize, worker: Option<usize>) ->
 }
 
 /// What the configuration has instead of what was asked for.
-fn why_dropped(desired: &Desired, protocol: Protocol, vip: SocketAddr) -> String {
+fn why_dropped(
+    desired: &Desired,
+    placements: &[Placement],
+    protocol: Protocol,
+    vip: SocketAddr,
+) -> String {
     let at_vip = || desired.services.iter().filter(|service| service.vip == vip.ip());
     let asked = ServicePort { port: vip.port(), protocol };
-    if let Some(service) = at_vip().find(|service| service.ports.contains(&asked)) {
+    let mut placed = view::placed(desired, placements);
+    if let Some((service, own)) =
+        placed.find(|(service, _)| service.vip == vip.ip() && service.ports.contains(&asked))
+    {
+        let weighted = service.backends.iter().zip(own).filter(|(backend, _)| backend.weight > 0);
+        if weighted.clone().count() > 0 && weighted.clone().all(|(_, at)| at.is_down()) {
+            return format!("all backends of {} are down, and all_down is stop", service.name);
+        }
         return match service.backends.len() {
             0 => format!("the service {} has no backends", service.name),
             1 => format!("the only backend of {} has weight 0", service.name),

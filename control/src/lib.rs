@@ -9,6 +9,7 @@ pub mod config;
 pub mod daemon;
 pub mod desired;
 pub mod explain;
+pub mod health;
 pub mod link;
 pub mod next_hop;
 pub mod offline;

@@ -38,6 +38,7 @@ impl Offline {
         let inputs = Inputs {
             desired: &config.desired,
             hops: &HashMap::new(),
+            health: &Default::default(),
             next_hops: &config.next_hops,
             interfaces: &interfaces,
             vtep: config.node.vtep,

@@ -26,6 +26,7 @@ use self::slots::{Full, Slots};
 use crate::{
     config::NextHop,
     desired::{Backend, Desired, Drain, Scheduler, Service, ServicePort},
+    health::{AllDown, OnDown, Verdict, Verdicts},
     link::LinkIndex,
     next_hop::HopState,
 };
@@ -54,6 +55,8 @@ pub struct Inputs<'a> {
     pub desired: &'a Desired,
     /// What the kernel knows of the way to each VTEP.
     pub hops: &'a HashMap<IpAddr, HopState>,
+    /// What is thought of the backends that are checked.
+    pub health: &'a Verdicts,
     /// What the operator knows better.
     pub next_hops: &'a [NextHop],
     /// Our interfaces.
@@ -95,6 +98,15 @@ pub struct Placement {
     pub unreachable: Option<String>,
     /// Whether its drain has ended: workers know it no more, and its connections go to others.
     pub drained: bool,
+    /// What is thought of it, if it is checked.
+    pub health: Option<Verdict>,
+}
+
+impl Placement {
+    /// Whether its checks say that it does not serve.
+    pub fn is_down(&self) -> bool {
+        self.health.as_ref().is_some_and(Verdict::is_down)
+    }
 }
 
 /// A state that can't be forwarded by.
@@ -161,8 +173,8 @@ pub struct Planner {
 struct Planned {
     service: Arc<Service>,
     vips: Vec<Vip>,
-    /// Their service's number is the snapshot's to set.
-    backends: Vec<forwarding::Backend>,
+    /// Their service's number is the snapshot's to set. `None`: its connections are to go elsewhere.
+    backends: Vec<Option<forwarding::Backend>>,
     placements: Vec<Placement>,
     maglev: Arc<Maglev>,
     schedule: Schedule,
@@ -237,6 +249,14 @@ impl Planned {
         }
     }
 
+    /// Whether what is thought of its backends is what it was made by.
+    fn is_judged_by(&self, inputs: &Inputs<'_>) -> bool {
+        let service = &self.service;
+        let mut both = service.backends.iter().zip(&self.placements);
+        service.health.is_none()
+            || both.all(|(backend, at)| at.health == health_of(inputs, service, backend))
+    }
+
     fn slots(&self) -> impl Iterator<Item = (&str, Slot)> {
         let both = self.service.backends.iter().zip(&self.placements);
         both.map(|(backend, placement)| (backend.name.as_str(), placement.slot))
@@ -293,7 +313,9 @@ impl Planner {
         let mut services = Vec::with_capacity(wanted.len());
         for (service, before) in wanted.iter().zip(before) {
             services.push(match before {
-                Some(before) if before.stays(service, &stale) => before,
+                Some(before) if before.stays(service, &stale) && before.is_judged_by(inputs) => {
+                    before
+                }
                 before => Arc::new(self.service((inputs, &said), service, before.as_deref())?),
             });
         }
@@ -339,10 +361,14 @@ impl Planner {
                 None => self.take(service, backend)?,
             };
             let (rendered, unreachable) = render(surroundings, service, backend)?;
-            backends.push(rendered);
+            backends.push(Some(rendered));
             let deadline = backend.drain.and_then(Drain::deadline);
             let drained = deadline.is_some_and(|deadline| deadline <= surroundings.0.time);
-            placements.push(Placement { slot, unreachable, drained });
+            let health = health_of(surroundings.0, service, backend);
+            placements.push(Placement { slot, unreachable, drained, health });
+        }
+        for left_out in left_to_others(service, &placements) {
+            backends[left_out] = None;
         }
         let deadlines = service.backends.iter().filter_map(|backend| backend.drain?.deadline());
         let drained_at = deadlines.filter(|deadline| *deadline > surroundings.0.time).min();
@@ -396,11 +422,8 @@ impl Planner {
         let mut backends: Vec<Option<forwarding::Backend>> = vec![None; self.slots.end()];
         for (index, planned) in services.iter().enumerate() {
             for (backend, placement) in planned.backends.iter().zip(&planned.placements) {
-                if placement.drained {
-                    continue;
-                }
-                let backend = forwarding::Backend { service: index as u32, ..backend.clone() };
-                backends[placement.slot as usize] = Some(backend);
+                let numbered = |backend| forwarding::Backend { service: index as u32, ..backend };
+                backends[placement.slot as usize] = backend.clone().map(numbered);
             }
         }
         let service = |planned: &Arc<Planned>| forwarding::Service {
@@ -446,15 +469,43 @@ impl Planner {
     }
 }
 
-/// Those that take new connections, with their weights: reachable as far as any with a weight is.
+/// What is thought of a backend, if its service has checks.
+pub fn health_of(inputs: &Inputs<'_>, service: &Service, backend: &Backend) -> Option<Verdict> {
+    service.health.as_ref().map(|_| inputs.health.of(&service.name, &backend.name))
+}
+
+/// Those that take new connections, with their weights.
 fn takers<'a>(service: &'a Service, placements: &[Placement]) -> Vec<(&'a str, u16, Slot)> {
+    let all = service.backends.iter().zip(placements).zip(takes(service, placements));
+    all.filter(|(_, takes)| *takes)
+        .map(|((backend, at), _)| (backend.name.as_str(), backend.weight, at.slot))
+        .collect()
+}
+
+/// Which backends may take new connections, their weight permitting: those that are up, and reachable as
+/// far as any is. If there is none, it is for the service to say whether the checks still count.
+fn takes(service: &Service, placements: &[Placement]) -> Vec<bool> {
     let all = || service.backends.iter().zip(placements);
     let reachable = |placement: &Placement| placement.unreachable.is_none();
-    let some_reachable = all().any(|(backend, at)| backend.weight > 0 && reachable(at));
-    all()
-        .filter(|(_, placement)| !some_reachable || reachable(placement))
-        .map(|(backend, placement)| (backend.name.as_str(), backend.weight, placement.slot))
-        .collect()
+    let usable = |placement: &Placement| reachable(placement) && !placement.is_down();
+    if all().any(|(backend, placement)| backend.weight > 0 && usable(placement)) {
+        return placements.iter().map(usable).collect();
+    }
+    if service.health.as_ref().is_some_and(|health| health.all_down == AllDown::Stop) {
+        return placements.iter().map(|placement| !placement.is_down()).collect();
+    }
+    let some = all().any(|(backend, placement)| backend.weight > 0 && reachable(placement));
+    placements.iter().map(|placement| !some || reachable(placement)).collect()
+}
+
+/// Which of a service's backends workers are to know nothing of, as if they had been removed, so that their
+/// connections go elsewhere: those that have drained, and those that are down.
+fn left_to_others(service: &Service, placements: &[Placement]) -> impl Iterator<Item = usize> {
+    let reselect = service.health.as_ref().is_some_and(|health| health.on_down == OnDown::Reselect);
+    let both = placements.iter().zip(takes(service, placements)).enumerate();
+    let left =
+        both.filter(move |(_, (at, takes))| at.drained || (reselect && at.is_down() && !takes));
+    left.map(|(index, _)| index)
 }
 
 /// How new connections are placed among these.

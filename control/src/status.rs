@@ -14,6 +14,8 @@ use dataplane::{
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::health::Report;
+
 /// Everything.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Status {
@@ -111,10 +113,12 @@ pub struct BackendStatus {
     pub drain_until: Option<String>,
     /// How much of that is left, in seconds.
     pub drain_left_s: Option<u64>,
-    /// `active`, `draining`, `drained` or `unreachable`.
+    /// `active`, `draining`, `drained`, `down` or `unreachable`.
     pub state: String,
-    /// Why it is unreachable.
+    /// Why it is down or unreachable.
     pub reason: Option<String>,
+    /// What its last check found, if it is checked.
+    pub health: Option<Report>,
     /// Packets forwarded to it.
     pub packets: u64,
     /// Bytes forwarded to it, outer headers included.
@@ -261,16 +265,35 @@ pub fn write_backends(f: &mut fmt::Formatter<'_>, backends: &[BackendStatus]) ->
     let rows: Vec<_> = backends.iter().map(row).collect();
     let header = ["BACKEND", "VTEP", "WEIGHT", "STATE", "CONNECTIONS", "PACKETS", "BYTES"];
     write_table(f, &header, &rows)?;
-    for backend in backends {
-        if let Some(reason) = &backend.reason {
-            writeln!(f, "  {} is unreachable: {reason}", backend.name)?;
+    for BackendStatus { name, state, reason, drain_left_s, drain_until, .. } in backends {
+        if let Some(reason) = reason {
+            writeln!(f, "  {name} is {state}: {reason}")?;
         }
-        if let (Some(left), Some(until)) = (backend.drain_left_s, &backend.drain_until) {
-            let left = humantime::format_duration(Duration::from_secs(left));
-            writeln!(f, "  {} keeps its connections for {left}, until {until}", backend.name)?;
+        if let (Some(left), Some(until)) = (drain_left_s, drain_until) {
+            let left = humantime::format_duration(Duration::from_secs(*left));
+            writeln!(f, "  {name} keeps its connections for {left}, until {until}")?;
         }
     }
-    Ok(())
+    write_health(f, backends)
+}
+
+/// What the last checks found, if there were any.
+fn write_health(f: &mut fmt::Formatter<'_>, backends: &[BackendStatus]) -> fmt::Result {
+    let row = |backend: &BackendStatus| {
+        let health = backend.health.as_ref()?;
+        let age = health.age().map(|age| format!("{:.1} s ago", age.as_secs_f64()));
+        Some([
+            backend.name.clone(),
+            health.verdict.clone(),
+            age.unwrap_or_else(|| "-".to_owned()),
+            health.result.clone().unwrap_or_else(|| "-".to_owned()),
+        ])
+    };
+    let rows: Vec<_> = backends.iter().filter_map(row).collect();
+    if rows.is_empty() {
+        return Ok(());
+    }
+    write_table(f, &["BACKEND", "HEALTH", "CHECKED", "RESULT"], &rows)
 }
 
 /// A header and columns. The alternate form, `{:#}`, has colours.
@@ -288,9 +311,9 @@ pub fn write_table<const N: usize>(
 /// How a word stands out.
 fn style(cell: &str) -> Style {
     match cell {
-        "active" | "ready" => AnsiColor::Green.on_default(),
+        "active" | "ready" | "up" => AnsiColor::Green.on_default(),
         "draining" | "drained" => AnsiColor::Yellow.on_default(),
-        "unreachable" | "not ready" => AnsiColor::Red.on_default(),
+        "unreachable" | "down" | "not ready" => AnsiColor::Red.on_default(),
         _ => Style::new(),
     }
 }
@@ -416,6 +439,25 @@ drops:
   fragment     1  An IP fragment addressed to a VIP: fragments carry no ports and are not supported.
 ";
         assert_eq!(example().to_string(), expected);
+    }
+
+    #[test]
+    fn checked_backends_are_shown_with_their_last_result() {
+        let mut status = example();
+        let backends = &mut status.services[0].backends;
+        let health = |verdict: &str, result: Option<&str>| {
+            let (verdict, result) = (verdict.to_owned(), result.map(str::to_owned));
+            Some(Report { verdict, result, ..Report::default() })
+        };
+        backends[0].health = health("up", Some("200 OK"));
+        backends[1].health = health("unknown", None);
+        let expected = "
+  BACKEND  HEALTH   CHECKED  RESULT
+  web-1    up       -        200 OK
+  web-10   unknown  -        -
+";
+        let shown = status.to_string();
+        assert!(shown.contains(expected), "{shown}");
     }
 
     #[test]

@@ -14,6 +14,7 @@ use tokio::sync::Mutex;
 use crate::{
     config::{Config, Maglev},
     desired::{Backend, Desired, Drain, Service, port_ranges},
+    health::{Board, Report, Verdict},
     plan::Placement,
     status::{
         BackendStatus, PortStatus, ServiceStatus, Status, WorkerStatus, drops, events, losses,
@@ -73,6 +74,7 @@ pub fn state(backend: &Backend, placement: &Placement) -> &'static str {
     match (&placement.unreachable, backend.weight) {
         _ if placement.drained => "drained",
         (Some(_), _) => "unreachable",
+        (None, _) if placement.is_down() => "down",
         (None, 0) => "draining",
         (None, _) => "active",
     }
@@ -82,6 +84,15 @@ pub fn state(backend: &Backend, placement: &Placement) -> &'static str {
 fn drain_left_s(drain: Drain) -> Option<u64> {
     let left = drain.deadline()?.duration_since(SystemTime::now()).ok()?;
     Some(left.as_secs())
+}
+
+/// Why a backend is unreachable or down.
+pub fn reason(placement: &Placement) -> Option<String> {
+    let down = || match &placement.health {
+        Some(Verdict::Down { reason }) => Some(reason.to_string()),
+        _ => None,
+    };
+    placement.unreachable.clone().or_else(down)
 }
 
 /// What does not change after the start.
@@ -105,6 +116,8 @@ pub struct Observed {
     pub metrics_limit: usize,
     /// What the workers count time from.
     pub start: Instant,
+    /// The last results of health checks.
+    pub board: Arc<Board>,
     census: Mutex<Option<Taken>>,
 }
 
@@ -133,7 +146,12 @@ const CENSUS_SHARE: u32 = 10;
 
 impl Observed {
     /// Of a fleet that was started by this configuration. `ports` are those of each worker.
-    pub fn new(config: &Config, fleet: &Fleet, ports: Vec<Vec<PortStatus>>) -> Self {
+    pub fn new(
+        config: &Config,
+        fleet: &Fleet,
+        ports: Vec<Vec<PortStatus>>,
+        board: Arc<Board>,
+    ) -> Self {
         Self {
             node: config.node.name.clone(),
             workers: fleet.workers.clone(),
@@ -144,6 +162,7 @@ impl Observed {
             maglev: config.maglev.clone(),
             metrics_limit: config.api.metrics_limit as usize,
             start: fleet.start_time(),
+            board,
             census: Mutex::default(),
         }
     }
@@ -161,6 +180,7 @@ impl Observed {
             maglev: config.maglev.clone(),
             metrics_limit: config.api.metrics_limit as usize,
             start: Instant::now(),
+            board: Arc::default(),
             census: Mutex::default(),
         }
     }
@@ -241,6 +261,7 @@ impl Observed {
         placements: &[Placement],
         census: &Census,
     ) -> Vec<BackendStatus> {
+        let reports = self.board.of(&service.name);
         let backend = |(backend, placement): (&Backend, &Placement)| {
             let slot = placement.slot as usize;
             let (packets, bytes) = self
@@ -254,7 +275,12 @@ impl Observed {
                 drain_until: backend.drain.map(|drain| drain.to_string()),
                 drain_left_s: backend.drain.and_then(drain_left_s),
                 state: state(backend, placement).to_owned(),
-                reason: placement.unreachable.clone(),
+                reason: reason(placement),
+                health: placement.health.as_ref().map(|verdict| Report {
+                    // That of the snapshot; the board may be a moment ahead.
+                    verdict: verdict.word().to_owned(),
+                    ..reports.get(&*backend.name).cloned().unwrap_or_default()
+                }),
                 packets,
                 bytes,
                 connections: census.by_slot.get(slot).copied().unwrap_or_default(),

@@ -55,12 +55,14 @@ pub enum Event {
         service: String,
         /// Its name.
         backend: String,
-        /// `active`, `draining`, `drained` or `unreachable`.
+        /// `active`, `draining`, `drained`, `down` or `unreachable`.
         state: String,
         /// Its share of new connections.
         weight: u16,
-        /// Why it is unreachable.
+        /// Why it is down or unreachable.
         reason: Option<String>,
+        /// What its checks say, if it is checked: `up`, `down` or `unknown`.
+        health: Option<String>,
     },
     /// A backend is gone.
     BackendRemoved {
@@ -101,8 +103,9 @@ impl fmt::Display for Event {
             Self::Created { service, owner, .. } => write!(f, "{service}: there, of the {owner}"),
             Self::Updated { service, owner, .. } => write!(f, "{service}: changed by the {owner}"),
             Self::Removed { service } => write!(f, "{service}: removed"),
-            Self::Backend { service, backend, state, weight, reason } => {
+            Self::Backend { service, backend, state, weight, reason, health } => {
                 write!(f, "{service}/{backend}: {state}, weight {weight}")?;
+                health.iter().try_for_each(|health| write!(f, ", health {health}"))?;
                 reason.iter().try_for_each(|reason| write!(f, ", {reason}"))
             }
             Self::BackendRemoved { service, backend } => write!(f, "{service}/{backend}: removed"),
@@ -193,7 +196,8 @@ fn backends(was: Option<Placed<'_>>, (service, placements): Placed<'_>, events: 
             backend: backend.name.clone(),
             state: view::state(backend, placement).to_owned(),
             weight: backend.weight,
-            reason: placement.unreachable.clone(),
+            reason: view::reason(placement),
+            health: placement.health.as_ref().map(|verdict| verdict.word().to_owned()),
         };
         let (was, is) = (before.remove(&*backend.name).map(event), event((backend, placement)));
         if was.as_ref() != Some(&is) {

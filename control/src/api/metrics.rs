@@ -106,8 +106,8 @@ fn node(observed: &Observed, view: &View, all: &mut Families) {
 
 fn services(observed: &Observed, view: &View, census: &Census, limit: usize, all: &mut Families) {
     let mut owners: BTreeMap<String, u64> = BTreeMap::new();
-    let states =
-        ["active", "draining", "drained", "unreachable"].map(|state| (state.to_owned(), 0));
+    let states = ["active", "draining", "drained", "down", "unreachable"];
+    let states = states.map(|state| (state.to_owned(), 0));
     let mut states: BTreeMap<String, u64> = states.into();
     let (mut by_service, mut by_backend) = (PerService::default(), PerBackend::default());
     let mut left_out = 0;
@@ -134,6 +134,10 @@ fn services(observed: &Observed, view: &View, census: &Census, limit: usize, all
     all.gauge("backends", "Backends of all services, by state.", states.collect());
     let help = "Services and backends without series of their own: api.metrics_limit is reached.";
     all.gauge("series_left_out", help, vec![sample(&[], left_out)]);
+    let checks =
+        observed.board.counts().map(|(result, count)| sample(&[("result", result)], count));
+    let help = "Health checks, by what they found; an impossible one says nothing of the backend.";
+    all.counter("health_checks_total", help, checks.into());
     by_service.finish(all);
     by_backend.finish(all);
 }
@@ -170,6 +174,7 @@ struct PerBackend {
     connections: Vec<Metric>,
     weight: Vec<Metric>,
     reachable: Vec<Metric>,
+    up: Vec<Metric>,
 }
 
 impl PerBackend {
@@ -181,6 +186,9 @@ impl PerBackend {
         self.weight.push(sample(&label, backend.weight.into()));
         let reachable = backend.state != "unreachable";
         self.reachable.push(sample(&label, reachable.into()));
+        if let Some(health) = &backend.health {
+            self.up.push(sample(&label, (health.verdict != "down").into()));
+        }
     }
 
     fn finish(self, all: &mut Families) {
@@ -192,6 +200,8 @@ impl PerBackend {
         let help = "A backend's share of new connections; 0 drains it.";
         all.gauge("backend_weight", help, self.weight);
         all.gauge("backend_reachable", "Whether its next hop is known.", self.reachable);
+        let help = "Whether a checked backend is up, or has no verdict yet; 0 if it is down.";
+        all.gauge("backend_up", help, self.up);
     }
 }
 

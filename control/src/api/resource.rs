@@ -40,6 +40,8 @@ pub struct Backends {
     pub draining: usize,
     /// They did until their drain's end.
     pub drained: usize,
+    /// Their checks say that they don't serve.
+    pub down: usize,
     /// Their next hop is unknown.
     pub unreachable: usize,
 }
@@ -104,7 +106,7 @@ pub struct Flow {
     pub service: String,
     /// The backend.
     pub backend: String,
-    /// `active`, `draining`, `drained` or `unreachable`.
+    /// `active`, `draining`, `drained`, `down` or `unreachable`.
     pub state: String,
     /// Connections remembered, unless ended.
     pub connections: u64,
@@ -168,6 +170,7 @@ impl Service {
                 "active" => backends.active += 1,
                 "draining" => backends.draining += 1,
                 "drained" => backends.drained += 1,
+                "down" => backends.down += 1,
                 _ => backends.unreachable += 1,
             }
         }

@@ -81,6 +81,7 @@ impl PlanningDaemon {
         let inputs = Inputs {
             desired: &desired,
             hops: &Default::default(),
+            health: &Default::default(),
             next_hops: &[],
             interfaces: &[],
             vtep: None,
@@ -218,7 +219,7 @@ fn a_service_is_shown_with_its_owner_its_version_and_what_is_wanted() {
     assert_eq!(service["spec"]["vni"], 100);
     assert_eq!(
         service["backends"],
-        json!({ "active": 1, "draining": 1, "drained": 0, "unreachable": 0 })
+        json!({ "active": 1, "draining": 1, "drained": 0, "down": 0, "unreachable": 0 })
     );
     assert_eq!(rig.get("/v1/services"), json!([service]));
     let backends = rig.get("/v1/services/web/backends");

@@ -12,7 +12,9 @@ use miette::{Report, miette};
 use serde::Serialize;
 
 use super::{
-    Daemon, print,
+    Daemon,
+    health::Health,
+    print,
     show::{Listed, Processes},
 };
 use crate::{
@@ -33,7 +35,7 @@ pub enum Command {
     ///
     /// Example: wiremesh service create --name web --vip 203.0.113.10 --publish published=80,target=80
     /// --vni 100 --backend vtep=10.0.0.2,mac=02:42:0a:00:00:02
-    Create(Create),
+    Create(Box<Create>),
     /// List all services
     #[command(visible_alias = "list")]
     Ls {
@@ -60,7 +62,7 @@ pub enum Command {
     /// done to what they made of it; with --if-version it is refused instead (exit code 4).
     ///
     /// Example, to drain a backend: wiremesh service update web --backend-drain web-2 --deadline 10m
-    Update(Update),
+    Update(Box<Update>),
     /// Remove services
     ///
     /// Their connections are dropped. To let them end, drain the backends first.
@@ -111,11 +113,13 @@ pub struct Create {
     #[arg(long, value_name = "SECONDS")]
     affinity_timeout: Option<i64>,
     /// A backend: vtep=10.0.0.2,mac=02:42:0a:00:00:02 and, if wanted, name= weight= drain_until= vni= port=
-    /// mtu= udp_checksum=
+    /// mtu= udp_checksum= address=
     ///
     /// Without a name it is called after the service: web-1, web-2 and so on.
     #[arg(long, value_name = "BACKEND")]
     backend: Vec<Backend>,
+    #[command(flatten)]
+    health: Health,
     #[command(flatten)]
     daemon: Daemon,
 }
@@ -159,6 +163,14 @@ pub struct Update {
     /// Another timeout of the scheduler source, in seconds; see create
     #[arg(long, value_name = "SECONDS")]
     affinity_timeout: Option<i64>,
+    /// Change where a backend is checked
+    #[arg(long, value_name = "NAME=ADDRESS")]
+    address: Vec<Address>,
+    /// Check the backends no more
+    #[arg(long, conflicts_with = "health_check")]
+    no_healthcheck: bool,
+    #[command(flatten)]
+    health: Health,
     /// Only if the service is still of this version, as `inspect` shows it
     #[arg(long)]
     if_version: Option<String>,
@@ -232,6 +244,7 @@ impl FromStr for Backend {
                 "port" => backend.port = number()?,
                 "mtu" => backend.mtu = number()?,
                 "target" | "target_port" => backend.target_port = number()?,
+                "address" => backend.address = Some(value.to_owned()),
                 "udp_checksum" => {
                     let truth = value.parse().map_err(|_| format!("`{key}` is true or false"))?;
                     backend.udp_checksum = Some(truth);
@@ -239,12 +252,25 @@ impl FromStr for Backend {
                 _ => {
                     return Err(format!(
                         "unknown key `{key}`: it is vtep, mac, name, weight, drain_until, vni, port, \
-                         mtu, target_port or udp_checksum"
+                         mtu, target_port, udp_checksum or address"
                     ));
                 }
             }
         }
         Ok(Self(backend))
+    }
+}
+
+/// Where a backend is checked from now on.
+#[derive(Clone, Debug)]
+struct Address(String, String);
+
+impl FromStr for Address {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, address) = text.rsplit_once('=').ok_or("as in web-2=10.1.0.2")?;
+        Ok(Self(name.to_owned(), address.to_owned()))
     }
 }
 
@@ -335,8 +361,10 @@ impl Create {
             udp_checksum: self.udp_checksum,
             scheduler: (self.scheduler != Scheduler::default()).then_some(self.scheduler),
             affinity_timeout_s: self.affinity_timeout,
+            health: None,
             backends: Vec::new(),
         };
+        self.health.apply(&mut spec.health);
         add(&mut spec, self.backend);
         (spec, self.daemon)
     }
@@ -427,7 +455,15 @@ impl Update {
             let at = position(spec, backend)?;
             spec.backends[at].drain_until = None;
         }
+        for Address(backend, address) in &self.address {
+            let at = position(spec, backend)?;
+            spec.backends[at].address = Some(address.clone());
+        }
         add(spec, self.backend_add.clone());
+        if self.no_healthcheck {
+            spec.health = None;
+        }
+        self.health.apply(&mut spec.health);
         Ok(())
     }
 }
@@ -512,7 +548,8 @@ mod tests {
                     backend = [{ name = \"b\", vtep = \"10.0.0.2\", mac = \"02:00:00:00:00:02\" }]\n";
         let (config, _) = Config::parse("test", text).unwrap();
         let service = &config.desired.services[0];
-        let placement = crate::plan::Placement { slot: 0, unreachable: None, drained: false };
+        let placement =
+            crate::plan::Placement { slot: 0, unreachable: None, drained: false, health: None };
         let shown = Inspected(Service::new((service, &[placement]))).to_string();
         assert!(shown.starts_with("# owner file, version "), "{shown}");
         let (again, _) = Config::parse("shown", &shown).unwrap();
@@ -534,6 +571,9 @@ mod tests {
             weight: weight.iter().map(|weight| weight.parse().unwrap()).collect(),
             scheduler: Some(Scheduler::LeastConnections),
             affinity_timeout: None,
+            address: vec!["web-2=10.1.0.2".parse().unwrap()],
+            no_healthcheck: false,
+            health: Health::default(),
             if_version: None,
             daemon: Daemon::default(),
         };
@@ -556,6 +596,7 @@ mod tests {
         assert_eq!(spec.scheduler, Some(Scheduler::LeastConnections));
         assert_eq!(spec.affinity_timeout_s, None, "it was of no use to another scheduler");
         assert_eq!(spec.backends[0].weight, Some(0));
+        assert_eq!(spec.backends[0].address.as_deref(), Some("10.1.0.2"));
         assert_eq!(spec.backends[1].name.as_deref(), Some("web-1"), "the name is free again");
         let error = update(&["web-3"], &[]).apply(&mut before.clone()).unwrap_err();
         assert_eq!(error.to_string(), "web has no backend `web-3`");

@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 use toml::Spanned;
 use utoipa::ToSchema;
 
-use super::{CopyMode, HugePages, Idle, XdpMode};
+use super::{CheckKind, CopyMode, HugePages, Idle, XdpMode};
+use crate::health::{AllDown, OnDown};
 
 /// A key that may be there, and where.
 pub type Key<T> = Option<Spanned<T>>;
@@ -106,6 +107,7 @@ pub struct Maglev {
 pub struct Limits {
     pub backends: Key<i64>,
     pub vips: Key<i64>,
+    pub health_checks: Key<i64>,
 }
 
 /// `[[next_hop]]`
@@ -132,7 +134,30 @@ pub struct Service {
     pub udp_checksum: Option<bool>,
     pub scheduler: Key<Scheduler>,
     pub affinity_timeout_s: Key<i64>,
+    pub health: Key<Health>,
     pub backend: Vec<Spanned<Backend>>,
+}
+
+/// `[service.health]`
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, expecting = "a table, [service.health]")]
+pub struct Health {
+    pub check: Key<CheckKind>,
+    pub port: Key<i64>,
+    pub interval_ms: Key<i64>,
+    pub timeout_ms: Key<i64>,
+    pub rise: Key<i64>,
+    pub fall: Key<i64>,
+    pub jitter_percent: Key<i64>,
+    pub on_down: Option<OnDown>,
+    pub all_down: Option<AllDown>,
+    pub path: Key<String>,
+    pub host: Key<String>,
+    pub status: Key<Vec<Spanned<String>>>,
+    pub body: Key<String>,
+    pub tls_verify: Key<bool>,
+    pub send: Key<String>,
+    pub expect: Key<String>,
 }
 
 /// `[[service.backend]]`
@@ -149,6 +174,7 @@ pub struct Backend {
     pub mtu: Key<i64>,
     pub udp_checksum: Option<bool>,
     pub target_port: Key<i64>,
+    pub address: Key<String>,
 }
 
 /// Modes that can be written, not all of which exist yet.

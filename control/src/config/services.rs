@@ -13,6 +13,7 @@ use super::{
     Limits, Maglev, NextHop,
     file::{self, Key, Mode as WrittenMode, Scheduler as Written},
     finding::{Report, Span},
+    health,
     settings::{self, MAX_TABLE_SIZE, number, prime_from},
 };
 use crate::desired::{
@@ -118,8 +119,10 @@ fn service(
         claim(name, vip, ports, published, report);
     }
     let ports = ports.map(|ports| ports.into_iter().map(|(port, _)| port).collect::<Vec<_>>());
-    let scheduler = scheduler(keys, ports.as_deref().unwrap_or(&[]), report);
-    let backends = backends(keys, vip, ports.as_deref().unwrap_or(&[]), published, report);
+    let listed = ports.as_deref().unwrap_or(&[]);
+    let scheduler = scheduler(keys, listed, report);
+    let backends = backends(keys, vip, listed, published, report);
+    let health = keys.health.as_ref().and_then(|key| health::health(key, listed, report));
     Some(Service {
         owner: Owner::File,
         written: None,
@@ -128,6 +131,8 @@ fn service(
         ports: ports?,
         mode: Mode::Dsr,
         scheduler,
+        // One that is wrong has been reported.
+        health,
         backends,
     })
 }
@@ -219,6 +224,9 @@ fn backends(
             report.conflict(key.span(), message, "choose another name", first);
         }
         direct(written.get_ref(), ports, report);
+        if let Some(key) = &service.health {
+            health::is_reached(&key.get_ref().check, written, report);
+        }
         backends.extend(backend(written, &defaults, published, report));
     }
     // Once for all of them, as one line heals them all.
@@ -259,10 +267,21 @@ fn backend(
     let port = port("port", &keys.port, defaults.port, report);
     let mtu = mtu(&keys.mtu, defaults.vip, report).or(defaults.mtu);
     let udp_checksum = keys.udp_checksum.or(defaults.udp_checksum);
+    let address = health::address(written, defaults.vip, report);
     published.vteps.extend(vtep.clone());
     let vtep = vtep?.0;
-    let (name, mac, vni) = (name?, mac?, vni?);
-    Some(Backend { name, vtep, mac, weight, drain, vni, port, mtu, udp_checksum })
+    Some(Backend {
+        name: name?,
+        vtep,
+        mac: mac?,
+        weight,
+        drain,
+        vni: vni?,
+        port,
+        mtu,
+        udp_checksum,
+        address,
+    })
 }
 
 fn drain(written: &Spanned<String>, report: &mut Report) -> Option<Drain> {

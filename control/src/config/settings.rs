@@ -297,6 +297,12 @@ pub fn limits(written: &file::Limits, report: &mut Report) -> Limits {
             report,
         ),
         vips: number("vips", &written.vips, (defaults.vips, 1..=1 << 20), report),
+        health_checks: number(
+            "health_checks",
+            &written.health_checks,
+            (defaults.health_checks, 1..=1 << 16),
+            report,
+        ),
     }
 }
 

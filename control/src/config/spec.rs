@@ -14,7 +14,7 @@ use utoipa::{
 
 pub use super::file::{Mode, Scheduler};
 use super::{
-    Maglev,
+    HealthSpec, Maglev,
     file::{self, Key},
     finding::{Finding, Report},
     services,
@@ -70,6 +70,9 @@ pub struct ServiceSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 0, maximum = 14400, example = json!(null))]
     pub affinity_timeout_s: Option<i64>,
+    /// How its backends are checked: not at all if left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub health: Option<HealthSpec>,
     /// Who serves it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub backends: Vec<BackendSpec>,
@@ -128,6 +131,10 @@ pub struct BackendSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 65535, example = json!(null))]
     pub target_port: Option<i64>,
+    /// Where it is checked: the server's own address. Required for all checks but `tunnel`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(schema_with = address)]
+    pub address: Option<String>,
 }
 
 /// An IPv4 or IPv6 address, in the document.
@@ -222,6 +229,7 @@ impl From<&Service> for ServiceSpec {
             mtu: backend.mtu.map(i64::from),
             udp_checksum: backend.udp_checksum,
             target_port: None,
+            address: backend.address.map(|address| address.to_string()),
         };
         let (scheduler, affinity_timeout_s) = service.scheduler.written();
         Self {
@@ -235,6 +243,7 @@ impl From<&Service> for ServiceSpec {
             udp_checksum: None,
             scheduler: Some(scheduler),
             affinity_timeout_s,
+            health: service.health.as_ref().map(HealthSpec::from),
             backends: service.backends.iter().map(backend).collect(),
         }
     }
@@ -274,9 +283,40 @@ impl Places {
             udp_checksum: spec.udp_checksum,
             scheduler: self.key("", "scheduler", &spec.scheduler),
             affinity_timeout_s: self.key("", "affinity_timeout_s", &spec.affinity_timeout_s),
+            health: spec.health.as_ref().map(|health| self.health(health)),
             backend: backends,
         };
         self.place(String::new(), service)
+    }
+
+    fn health(&mut self, spec: &HealthSpec) -> Spanned<file::Health> {
+        let base = "/health";
+        let status = spec.status.as_ref().map(|status| {
+            let numbered = status.iter().enumerate();
+            let each = numbered
+                .map(|(i, range)| self.place(format!("{base}/status/{i}"), range.clone()))
+                .collect();
+            self.place(format!("{base}/status"), each)
+        });
+        let health = file::Health {
+            check: self.key(base, "check", &spec.check),
+            port: self.key(base, "port", &spec.port),
+            interval_ms: self.key(base, "interval_ms", &spec.interval_ms),
+            timeout_ms: self.key(base, "timeout_ms", &spec.timeout_ms),
+            rise: self.key(base, "rise", &spec.rise),
+            fall: self.key(base, "fall", &spec.fall),
+            jitter_percent: self.key(base, "jitter_percent", &spec.jitter_percent),
+            on_down: spec.on_down,
+            all_down: spec.all_down,
+            path: self.key(base, "path", &spec.path),
+            host: self.key(base, "host", &spec.host),
+            status,
+            body: self.key(base, "body", &spec.body),
+            tls_verify: self.key(base, "tls_verify", &spec.tls_verify),
+            send: self.key(base, "send", &spec.send),
+            expect: self.key(base, "expect", &spec.expect),
+        };
+        self.place(base.to_owned(), health)
     }
 
     fn backend(&mut self, index: usize, spec: &BackendSpec) -> Spanned<file::Backend> {
@@ -292,6 +332,7 @@ impl Places {
             mtu: self.key(&base, "mtu", &spec.mtu),
             udp_checksum: spec.udp_checksum,
             target_port: self.key(&base, "target_port", &spec.target_port),
+            address: self.key(&base, "address", &spec.address),
         };
         self.place(base, backend)
     }
@@ -350,6 +391,36 @@ mod tests {
         assert_eq!(api, Service { owner: desired::Owner::Api, ..file.clone() });
         // And what is shown of the file's means the same again.
         assert_eq!(meant(understood(&ServiceSpec::from(file))), api);
+    }
+
+    #[test]
+    fn every_kind_of_check_means_the_same_in_json_and_is_shown_as_it_is_meant() {
+        for health in [
+            serde_json::json!({ "check": "tcp", "port": 8080, "rise": 5, "on_down": "keep" }),
+            serde_json::json!({ "check": "http", "path": "/up", "status": ["200", "300-399"], "body": "ok" }),
+            serde_json::json!({ "check": "https", "host": "a.example", "tls_verify": false, "all_down": "stop" }),
+            serde_json::json!({ "check": "udp", "send": "ping", "interval_ms": 300 }),
+            serde_json::json!({ "check": "tunnel", "port": 8001, "expect": "pong", "jitter_percent": 0 }),
+        ] {
+            let mut written = web();
+            written["health"] = health;
+            for backend in written["backends"].as_array_mut().unwrap() {
+                backend["address"] = "10.1.0.2".into();
+            }
+            let meant = understood(&spec(written.clone()));
+            assert!(meant.health.is_some());
+            // As the file's are shown, in all their keys.
+            let shown = ServiceSpec::from(&Service { written: None, ..meant.clone() });
+            let again = understood(&shown);
+            assert_eq!(again.health, meant.health, "{written}");
+            assert_eq!(again.backends, meant.backends);
+        }
+        let mut bad = web();
+        bad["health"] = serde_json::json!({ "check": "http", "status": ["ok"], "fall": 0 });
+        let remarks = spec(bad).understand(&Maglev::default()).unwrap_err();
+        let mut pointers: Vec<&str> = remarks.iter().map(|r| r.pointer.as_str()).collect();
+        pointers.sort_unstable();
+        assert_eq!(pointers, ["/backends/0", "/backends/1", "/health/fall", "/health/status/0"]);
     }
 
     #[test]

@@ -80,6 +80,7 @@ fn a_service_as_a_user_writes_it_is_understood() {
             ],
             mode: Mode::Dsr,
             scheduler: Scheduler::Maglev,
+            health: None,
             backends: vec![Backend {
                 name: "web-1".to_owned(),
                 vtep: "10.0.0.2".parse().unwrap(),
@@ -90,6 +91,7 @@ fn a_service_as_a_user_writes_it_is_understood() {
                 port: 4789,
                 mtu: None,
                 udp_checksum: None,
+                address: None,
             }],
         })]
     );
@@ -766,10 +768,19 @@ fn uncommented(wanted: impl Fn(&str) -> bool) -> String {
         .collect()
 }
 
+/// Whether a line of the example has no key that means nothing to this kind of health check.
+fn suits(kind: CheckKind, line: &str) -> bool {
+    let name = line.split(" = ").next().unwrap_or_default();
+    let others = CheckKind::ALL.iter().any(|other| other.keys().contains(&name));
+    !others || kind.keys().contains(&name)
+}
+
 #[test]
 fn the_example_shows_the_defaults() {
-    let has_default =
-        |line: &str| !["# default: ", "# required", "[["].iter().any(|mark| line.contains(mark));
+    let has_default = |line: &str| {
+        !["# default: ", "# required", "[["].iter().any(|mark| line.contains(mark))
+            && suits(CheckKind::Http, line)
+    };
     let shown = config(&uncommented(has_default));
     assert_eq!(shown, config(EXAMPLE), "the defaults of services and backends");
     let defaults = Config { desired: shown.desired.clone(), ..Config::default() };
@@ -778,10 +789,19 @@ fn the_example_shows_the_defaults() {
 
 #[test]
 fn the_example_has_every_key_and_is_valid_with_all_of_them() {
+    for kind in CheckKind::ALL {
+        // Its only backend would drain, and the daemon warn of that.
+        let drains = |line: &str| line.contains("drain_until");
+        let suiting = uncommented(|line| suits(*kind, line) && !drains(line));
+        let check = format!("check = \"{}\"", kind.name());
+        let (_, warnings) = parse(
+            &suiting
+                .replace("check = \"http\"", &check)
+                .replace("ports = [\"80/tcp\"]", "ports = [\"80/tcp\", \"80/udp\"]"),
+        );
+        assert!(warnings.is_empty());
+    }
     let all = uncommented(|_| true);
-    // Its only backend drains then, and the daemon warns of that.
-    assert_eq!(parse(&all).1.len(), 1);
-    assert!(parse(&uncommented(|line| !line.contains("drain_until"))).1.is_empty());
     let tables: toml::Table = all.parse().unwrap();
     let nested = |path: &[&str]| {
         path.iter()
@@ -795,7 +815,7 @@ fn the_example_has_every_key_and_is_valid_with_all_of_them() {
             .cloned()
             .collect::<BTreeSet<_>>()
     };
-    let places: [(&[&str], &str); 10] = [
+    let places: [(&[&str], &str); 11] = [
         (&[], ""),
         (&["node"], "[node]"),
         (&["api"], "[api]"),
@@ -805,6 +825,7 @@ fn the_example_has_every_key_and_is_valid_with_all_of_them() {
         (&["limits"], "[limits]"),
         (&["next_hop"], "[[next_hop]]"),
         (&["service"], "[[service]]"),
+        (&["service", "health"], "[[service]]\n[service.health]"),
         (&["service", "backend"], "[[service]]\n[[service.backend]]"),
     ];
     for (path, header) in places {
@@ -827,7 +848,7 @@ fn the_limits_of_the_start_hold_for_what_comes_later() {
         );
         Config::parse("test", &text).unwrap().0.desired
     };
-    let started = Limits { vips: 6, backends: 1 };
+    let started = Limits { vips: 6, backends: 1, ..Limits::default() };
     started.admit(&service("\"80-85/tcp\"")).unwrap();
     let refused = started.admit(&service("\"80-86/tcp\"")).unwrap_err().to_string();
     assert!(refused.contains("limits.vips") && refused.contains("restart"), "{refused}");

@@ -22,13 +22,14 @@ impl Daemon {
     pub(super) fn observed(&self) -> Observed {
         let ports = |worker: &Handle| worker.ports.iter().map(|p| self.port_status(p)).collect();
         let ports = self.fleet.workers.iter().map(ports).collect();
-        Observed::new(&self.config, &self.fleet, ports)
+        Observed::new(&self.config, &self.fleet, ports, self.checks.board().clone())
     }
 
     /// Shows what is new, if anything is.
     pub(super) fn show(&self, shown: &watch::Sender<Arc<View>>) {
         let same = |view: &View| {
             view.generation == self.generation.get()
+                && Arc::ptr_eq(&view.placements, &self.backends)
                 && view.refused == self.refused
                 && view.link_missing == self.missing.is_some()
         };

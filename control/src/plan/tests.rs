@@ -55,6 +55,7 @@ struct World {
     config: Config,
     hops: HashMap<IpAddr, HopState>,
     interfaces: Vec<Interface>,
+    health: Verdicts,
     offline: bool,
     time: SystemTime,
 }
@@ -77,6 +78,7 @@ impl World {
             config: config(text),
             hops,
             interfaces,
+            health: Verdicts::default(),
             offline: false,
             time: SystemTime::UNIX_EPOCH,
         }
@@ -86,6 +88,7 @@ impl World {
         Inputs {
             desired: &self.config.desired,
             hops: &self.hops,
+            health: &self.health,
             next_hops: &self.config.next_hops,
             interfaces: &self.interfaces,
             vtep: self.config.node.vtep,
@@ -403,8 +406,9 @@ fn meant(plan: &Plan, world: &World) -> Vec<String> {
         .collect();
     for ((service, backend), placement) in desired.backends().zip(&plan.backends) {
         let rendered = plan.forwarding.backend(placement.slot);
-        let (service, why) = (&service.name, &placement.unreachable);
-        all.push(format!("{service}/{}: {why:?} {rendered:?}", backend.name));
+        let (service, name) = (&service.name, &backend.name);
+        let Placement { unreachable, health, .. } = placement;
+        all.push(format!("{service}/{name}: {unreachable:?} {health:?} {rendered:?}"));
     }
     for service in &desired.services {
         let at = |vip: Vip| plan.forwarding.service_at(vip.address, vip.protocol, vip.port);
@@ -432,6 +436,8 @@ enum Happening {
     Reread,
     Lose(u8),
     Find(u8, u8),
+    /// Of a service, by the name of a backend.
+    Judge(u8, u8, Verdict),
     Say(Option<u8>),
     AnswerArp(bool),
     Mtu(u16),
@@ -447,6 +453,8 @@ fn happening() -> impl Strategy<Value = Happening> {
         1 => Just(Happening::Reread),
         1 => (2..6_u8).prop_map(Happening::Lose),
         2 => (2..6_u8, 0..3_u8).prop_map(|(vtep, mac)| Happening::Find(vtep, mac)),
+        4 => (0..5_u8, 0..4_u8, prop_oneof![Just(Verdict::Unknown), Just(Verdict::Up), Just(down())])
+            .prop_map(|(service, backend, verdict)| Happening::Judge(service, backend, verdict)),
         1 => proptest::option::of(0..3_u8).prop_map(Happening::Say),
         1 => any::<bool>().prop_map(Happening::AnswerArp),
         1 => (1400..1600_u16).prop_map(Happening::Mtu),
@@ -462,7 +470,10 @@ impl World {
             Happening::Want(number, weights) => {
                 let named = weights.iter().enumerate().filter(|(_, weight)| weight.is_some());
                 let names: Vec<String> = named.map(|(at, _)| at.to_string()).collect();
-                let text = service(&name(number), &names.iter().map(|n| &**n).collect::<Vec<_>>());
+                let names: Vec<_> = names.iter().map(|name| &**name).collect();
+                let mut text = service(&name(number), &names);
+                text += ["", HEALTH, &format!("{HEALTH}all_down = \"stop\"\n")]
+                    [usize::from(number % 3)];
                 let mut new = config(&text).desired.services.remove(0);
                 let new_weights = weights.iter().flatten();
                 for (backend, weight) in
@@ -485,6 +496,10 @@ impl World {
                 let vtep = format!("10.0.0.{last}");
                 self.hops.insert(vtep.parse().unwrap(), resolved(&vtep));
                 self.set(&vtep, |hop| hop.dst_mac = MacAddr([2, 0, 0, 0, 2, *mac]));
+            }
+            Happening::Judge(service, backend, verdict) => {
+                let (service, backend) = (name(service), backend.to_string());
+                self.health.set(&(*service).into(), &(*backend).into(), verdict.clone());
             }
             Happening::Say(mac) => {
                 let said = |mac: u8| NextHop {
@@ -570,4 +585,79 @@ fn a_drain_ends_at_its_deadline_and_gives_the_slot_to_nobody() {
     (back.weight, back.drain) = (1, None);
     let plan = planner.plan(&world.inputs(), Tick(0)).unwrap();
     assert_eq!((takers(&plan), plan.backends[1].slot), ([0, 1].into(), 1));
+}
+
+const HEALTH: &str = "[service.health]\ncheck = \"tunnel\"\n";
+
+/// `TWO`, checked, with these keys of its checks.
+fn checked(keys: &str) -> World {
+    World::new(&format!("{TWO}{HEALTH}{keys}\n"), &["10.0.0.2", "10.0.0.3"])
+}
+
+fn judge(world: &mut World, backend: &str, verdict: Verdict) {
+    world.health.set(&"web".into(), &backend.into(), verdict);
+}
+
+fn down() -> Verdict {
+    Verdict::Down { reason: "connection refused".into() }
+}
+
+#[test]
+fn a_backend_counts_as_up_until_it_is_down_and_then_others_have_its_share_and_connections() {
+    let mut world = checked("");
+    let plan = world.plan();
+    assert_eq!(takers(&plan), [0, 1].into());
+    assert_eq!(plan.backends[0].health, Some(Verdict::Unknown));
+    judge(&mut world, "web-1", Verdict::Up);
+    judge(&mut world, "web-2", down());
+    let plan = world.plan();
+    assert_eq!(takers(&plan), [0].into());
+    assert!(plan.forwarding.backend(1).is_none(), "a remembered connection is an orphan");
+    assert_eq!(plan.backends[1].health, Some(down()));
+    judge(&mut world, "web-2", Verdict::Up);
+    assert_eq!(takers(&world.plan()), [0, 1].into());
+}
+
+#[test]
+fn a_down_backend_keeps_its_connections_if_its_service_says_so() {
+    let mut world = checked("on_down = \"keep\"");
+    judge(&mut world, "web-2", down());
+    let plan = world.plan();
+    assert_eq!(takers(&plan), [0].into());
+    assert!(backend(&plan, 1).reachable);
+}
+
+#[test]
+fn while_all_are_down_the_service_goes_on_or_stops() {
+    for (keys, expected) in [("", vec![0, 1]), ("all_down = \"stop\"", vec![])] {
+        let mut world = checked(keys);
+        judge(&mut world, "web-1", down());
+        judge(&mut world, "web-2", down());
+        let plan = world.plan();
+        assert_eq!(takers(&plan), expected.iter().copied().collect(), "{keys}");
+        let there = (0..2).filter(|slot| plan.forwarding.backend(*slot).is_some());
+        assert_eq!(there.count(), expected.len(), "{keys}");
+        // One that drains is not there to take what they leave.
+        judge(&mut world, "web-1", Verdict::Up);
+        Arc::make_mut(&mut world.config.desired.services[0]).backends[0].weight = 0;
+        let some = !expected.is_empty();
+        assert_eq!(takers(&world.plan()).len(), usize::from(some), "{keys}");
+    }
+}
+
+#[test]
+fn one_that_is_up_and_unreachable_is_no_reason_to_leave_out_one_that_is_down() {
+    let mut world = checked("");
+    judge(&mut world, "web-2", down());
+    world.lose("10.0.0.2");
+    assert_eq!(takers(&world.plan()), [1].into(), "it can be reached, and may serve");
+}
+
+#[test]
+fn a_verdict_means_nothing_to_a_service_without_checks() {
+    let mut world = World::new(TWO, &["10.0.0.2", "10.0.0.3"]);
+    judge(&mut world, "web-2", down());
+    let plan = world.plan();
+    assert_eq!(takers(&plan), [0, 1].into());
+    assert_eq!(plan.backends[1].health, None);
 }

@@ -12,7 +12,12 @@ use crate::{
 
 /// A lab whose file has no services.
 pub fn bare_lab() -> Lab {
-    let lab = Lab::up(&["--nodes", "1", "--backends", "2"]);
+    bare_lab_of(&["--nodes", "1", "--backends", "2"])
+}
+
+/// The same, laid out by these options.
+pub fn bare_lab_of(options: &[&str]) -> Lab {
+    let lab = Lab::up(options);
     let config = lab.file("n1.toml");
     let text = fs::read_to_string(&config).unwrap();
     let (settings, _) = text.split_once("[[service]]").unwrap();

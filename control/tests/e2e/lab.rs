@@ -91,6 +91,19 @@ impl Lab {
         self.script(&["remove", &self.name, backend]);
     }
 
+    /// Ends one of a backend's servers: `b1-nginx`, `b1-echo`.
+    pub fn stop(&self, server: &str) {
+        self.script(&["stop", &self.name, server]);
+    }
+
+    /// Starts a backend's web server again.
+    pub fn start_nginx(&self, backend: &str) {
+        let (label, folder) = (format!("{backend}-nginx"), self.file(backend));
+        let folder = folder.to_str().unwrap();
+        let nginx = ["nginx", "-p", folder, "-c", "nginx.conf", "-e", "error.log"];
+        self.script(&[&["start", &self.name, backend, &label], &nginx[..]].concat());
+    }
+
     /// Gives a node's kernel a way of its own to a backend, for when the daemon is away.
     pub fn fallback(&self, node: &str, backend: &str) {
         self.script(&["fallback", &self.name, node, backend]);

@@ -12,6 +12,7 @@ mod api;
 mod changes;
 mod cli;
 mod failures;
+mod health;
 mod scale;
 mod traffic;
 mod wire;
