@@ -9,6 +9,7 @@ use std::{
 };
 
 use dataplane::time::Tick;
+use futures_util::FutureExt;
 use hyper::{Method, StatusCode};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -400,6 +401,27 @@ fn of_many_writers_at_once_one_wins_each_round() {
 }
 
 #[test]
+fn what_takes_long_is_done_one_at_a_time_also_for_those_who_have_gone() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = Config::default();
+    let (_shown, views) = watch::channel(view("", 0));
+    let (store, services) = Store::open(folder.path(), &config.maglev).unwrap();
+    runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+        let (changes, _wanted) =
+            Changes::start(store, services, config.limits.clone(), views.clone());
+        let api = Api::new(Observed::without_workers(&config), views, changes);
+        let (end, ended) = std_mpsc::channel();
+        // It has begun when nobody waits for it any more.
+        let gone = api.beside(move || ended.recv().unwrap()).now_or_never();
+        assert_eq!(gone, None);
+        let next = tokio::time::timeout(Duration::from_millis(100), api.beside(|| ())).await;
+        assert!(next.is_err(), "two at once");
+        end.send(()).unwrap();
+        api.beside(|| ()).await;
+    });
+}
+
+#[test]
 fn what_is_not_the_apis_or_taken_is_refused_with_a_sentence_and_a_place() {
     let rig = Rig::new(CONFIG);
     rig.create(&shop("203.0.113.20", &["80/tcp"], 1)).unwrap();
@@ -757,4 +779,16 @@ fn a_client_that_does_not_read_delays_no_other() {
     silent.set_write_timeout(Some(Duration::from_millis(200))).unwrap();
     let _ = std::io::Write::write_all(&mut silent, ask.as_bytes());
     assert_eq!(rig.get("/v1/services")[0]["name"], "web");
+}
+
+#[test]
+fn a_client_that_does_not_read_loses_its_place() {
+    runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+        use tokio::io::AsyncWriteExt;
+        let router = Router::new().fallback(|| async { "more than fits in between".repeat(1000) });
+        let (mut client, server) = tokio::io::duplex(1000);
+        client.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        let answered = answer(router, server, Duration::from_millis(50));
+        tokio::time::timeout(Duration::from_secs(10), answered).await.expect("it is let go");
+    });
 }
