@@ -29,6 +29,7 @@ use tokio::{
     sync::{Semaphore, watch},
     task::spawn_blocking,
 };
+use tokio_io_timeout::TimeoutWriter;
 use tracing::debug;
 
 use self::tcp::Admitted;
@@ -50,6 +51,8 @@ const MAX_WATCHERS: usize = 64;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long an answer may take. A change waits for the disk, for next hops and for workers.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a client may read nothing of what it is sent: its place is another's then.
+const READ_TIMEOUT: Duration = Duration::from_secs(30);
 /// Largest body of a request, in bytes: a service of some ten thousand backends.
 const MAX_BODY: usize = 4 << 20;
 
@@ -63,7 +66,7 @@ struct Parts {
     changes: Changes,
     watchers: Arc<Semaphore>,
     /// For what takes long.
-    turn: Semaphore,
+    turn: Arc<Semaphore>,
 }
 
 impl Api {
@@ -74,7 +77,7 @@ impl Api {
             views,
             changes,
             watchers: Arc::new(Semaphore::new(MAX_WATCHERS)),
-            turn: Semaphore::new(1),
+            turn: Arc::new(Semaphore::new(1)),
         }))
     }
 
@@ -92,7 +95,12 @@ impl Api {
 
     /// Does what may take long on a thread beside, one such thing at a time.
     async fn beside<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
-        let _turn = self.0.turn.acquire().await.expect("never closed");
+        let turn = self.0.turn.clone().acquire_owned().await.expect("never closed");
+        let work = move || {
+            // Kept until it is done, for whoever asked may have gone by then.
+            let _turn = turn;
+            work()
+        };
         spawn_blocking(work).await.expect("rendering does not panic")
     }
 
@@ -113,7 +121,7 @@ async fn serve_socket(socket: ApiSocket, router: Router) {
         let client = socket.accept().await;
         let router = router.clone();
         tokio::spawn(async move {
-            answer(router, client).await;
+            answer(router, client, READ_TIMEOUT).await;
             drop(place);
         });
     }
@@ -128,8 +136,8 @@ async fn serve_tcp(door: TcpDoor, router: Router) {
         let (plain, router) = (plain.clone(), router.clone());
         tokio::spawn(async move {
             match guest.admit().await {
-                Some(Admitted::Plain(client)) => answer(plain, client).await,
-                Some(Admitted::Tls(client)) => answer(router, client).await,
+                Some(Admitted::Plain(client)) => answer(plain, client, READ_TIMEOUT).await,
+                Some(Admitted::Tls(client)) => answer(router, client, READ_TIMEOUT).await,
                 None => debug!("a client of the API has no certificate that is accepted"),
             }
             drop(place);
@@ -137,8 +145,11 @@ async fn serve_tcp(door: TcpDoor, router: Router) {
     }
 }
 
-/// Answers one client's requests.
-async fn answer(router: Router, client: impl AsyncRead + AsyncWrite + Unpin) {
+/// Answers one client's requests, for as long as it reads the answers.
+async fn answer(router: Router, client: impl AsyncRead + AsyncWrite, read_timeout: Duration) {
+    let mut client = TimeoutWriter::new(client);
+    client.set_timeout(Some(read_timeout));
+    let client = Box::pin(client);
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_TIMEOUT)

@@ -231,9 +231,14 @@ fn parse_protocol(text: &str) -> Result<Protocol, String> {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     execute(cli.command).unwrap_or_else(|report| {
-        eprint!("{}", Complaint(&report));
+        complain(format_args!("{}", Complaint(&report)));
         exit_code(&report)
     })
+}
+
+/// To stderr; if nobody reads that, the exit code has to do.
+fn complain(what: fmt::Arguments<'_>) {
+    let _ = io::stderr().write_fmt(what);
 }
 
 /// See [`EXIT_CODES`].
@@ -244,7 +249,9 @@ fn exit_code(report: &Report) -> ExitCode {
             409 | 412 => ExitCode::from(4),
             _ => ExitCode::FAILURE,
         },
-        Some(ClientError::NoDaemon { .. } | ClientError::Silent { .. }) => ExitCode::from(5),
+        Some(
+            ClientError::NoDaemon { .. } | ClientError::Silent { .. } | ClientError::Broken { .. },
+        ) => ExitCode::from(5),
         _ => ExitCode::FAILURE,
     }
 }
@@ -361,18 +368,17 @@ fn run(config: &Path) -> Result<(), Report> {
 fn check(path: &Path) -> Result<(), Report> {
     let (config, warnings) = config::load(path)?;
     for warning in &warnings {
-        eprintln!("{}", Shown(warning));
+        complain(format_args!("{}\n", Shown(warning)));
     }
     let services = &config.desired.services;
     let backends = services.iter().map(|service| service.backends.len()).sum();
-    println!(
+    say(format_args!(
         "{} is valid: {}, {}, {}",
         path.display(),
         count(services.len(), "service"),
         count(backends, "backend"),
         count(warnings.len(), "warning"),
-    );
-    Ok(())
+    ))
 }
 
 fn count(number: usize, noun: &str) -> String {
@@ -409,6 +415,11 @@ fn print_json(value: &impl Serialize) -> Result<(), Report> {
     let mut out = io::stdout().lock();
     let json = serde_json::to_writer_pretty(&mut out, value).map_err(io::Error::from);
     written(json.and_then(|()| writeln!(out)))
+}
+
+/// A line to stdout.
+fn say(what: fmt::Arguments<'_>) -> Result<(), Report> {
+    written(writeln!(io::stdout(), "{what}"))
 }
 
 /// `wiremesh status | head` is no failure.
@@ -469,5 +480,30 @@ mod tests {
         assert_eq!(refused(StatusCode::UNPROCESSABLE_ENTITY), ExitCode::FAILURE);
         let (socket, timeout) = (String::new(), Duration::ZERO);
         assert_eq!(code(ClientError::Silent { socket, timeout }), ExitCode::from(5));
+    }
+
+    #[test]
+    fn a_daemon_that_dies_while_it_is_asked_does_not_answer() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("api.sock");
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let dies = thread::spawn(move || drop(listener.accept().unwrap()));
+        let error = Client::new(&path).unwrap().get::<Status>("/v1/status").unwrap_err();
+        dies.join().unwrap();
+        assert!(error.to_string().contains("stopped answering"), "{error}");
+        assert_eq!(exit_code(&Report::new(error)), ExitCode::from(5));
+    }
+
+    #[test]
+    fn a_daemon_that_stands_still_is_not_watched_for_ever() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("api.sock");
+        // It lets in, and never answers.
+        let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let (told, outcome) = std::sync::mpsc::channel();
+        let watching = move || Client::new(&path).unwrap().watch("/v1/events", |_: Event| true);
+        thread::spawn(move || told.send(watching()));
+        let outcome = outcome.recv_timeout(Duration::from_secs(20)).expect("it gives up");
+        assert!(matches!(outcome, Err(ClientError::Silent { .. })), "{outcome:?}");
     }
 }

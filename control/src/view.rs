@@ -118,7 +118,7 @@ pub struct Observed {
     pub start: Instant,
     /// The last results of health checks.
     pub board: Arc<Board>,
-    census: Mutex<Option<Taken>>,
+    census: Arc<Mutex<Option<Taken>>>,
 }
 
 /// A census, and when it was taken and how long that took.
@@ -163,7 +163,7 @@ impl Observed {
             metrics_limit: config.api.metrics_limit as usize,
             start: fleet.start_time(),
             board,
-            census: Mutex::default(),
+            census: Arc::default(),
         }
     }
 
@@ -181,7 +181,7 @@ impl Observed {
             metrics_limit: config.api.metrics_limit as usize,
             start: Instant::now(),
             board: Arc::default(),
-            census: Mutex::default(),
+            census: Arc::default(),
         }
     }
 
@@ -193,17 +193,22 @@ impl Observed {
     /// How many connections there are, or were a moment ago. Asked however often by however many, it walks
     /// the tables once in a while, on a thread beside.
     pub async fn census(self: &Arc<Self>) -> Arc<Census> {
-        let mut taken = self.census.lock().await;
+        let mut taken = self.census.clone().lock_owned().await;
         if let Some(Taken { census, at, took }) = &*taken
             && at.elapsed() < CENSUS_AGE.max(*took * CENSUS_SHARE)
         {
             return census.clone();
         }
-        let (begun, observed) = (Instant::now(), self.clone());
-        let counted = tokio::task::spawn_blocking(move || Arc::new(observed.count()));
-        let census = counted.await.expect("counting does not panic");
-        *taken = Some(Taken { census: census.clone(), at: Instant::now(), took: begun.elapsed() });
-        census
+        let observed = self.clone();
+        // It is noted there, so that one whose asker has gone meanwhile counts too.
+        let counted = tokio::task::spawn_blocking(move || {
+            let begun = Instant::now();
+            let census = Arc::new(observed.count());
+            let (at, took) = (Instant::now(), begun.elapsed());
+            *taken = Some(Taken { census: census.clone(), at, took });
+            census
+        });
+        counted.await.expect("counting does not panic")
     }
 
     fn count(&self) -> Census {
@@ -303,5 +308,24 @@ impl Observed {
             counters: events(&worker.counters),
             drops: own_drops(&worker.counters),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    #[test]
+    fn a_walk_whose_asker_has_gone_is_not_done_again() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let observed = Arc::new(Observed::without_workers(&Config::default()));
+            // Asked once, and never again.
+            let _ = observed.census().now_or_never();
+            // Let in when the walk is over.
+            assert!(observed.census.lock().await.is_some());
+        });
     }
 }

@@ -50,7 +50,7 @@ pub enum Condition {
 #[derive(Debug)]
 struct Request {
     change: Change,
-    outcome: oneshot::Sender<Result<(), Problem>>,
+    outcome: oneshot::Sender<Result<Arc<View>, Problem>>,
 }
 
 /// Where changes are handed in.
@@ -100,6 +100,7 @@ impl Changes {
         tokio::spawn(async move {
             while let Some(request) = requests.recv().await {
                 let outcome = writer.change(request.change).await;
+                let outcome = outcome.map(|()| writer.views.borrow().clone());
                 // Whoever asked may have gone; it is done all the same.
                 let _ = request.outcome.send(outcome);
             }
@@ -107,11 +108,12 @@ impl Changes {
         (Self(changes), wanted)
     }
 
-    /// Does a change, and waits until it is durable and the workers have it.
+    /// Does a change, and waits until it is durable and the workers have it. What is there then is returned,
+    /// before the next change: its version is the one that this change has made.
     ///
     /// # Errors
     /// If it is refused. Nothing has changed then.
-    pub async fn change(&self, change: Change) -> Result<(), Problem> {
+    pub async fn change(&self, change: Change) -> Result<Arc<View>, Problem> {
         let (outcome, told) = oneshot::channel();
         let ending = |_| Problem::new(StatusCode::SERVICE_UNAVAILABLE, "the daemon is stopping");
         self.0.send(Request { change, outcome }).await.map_err(|_| ending(()))?;
@@ -151,7 +153,8 @@ impl Writer {
         if let Err(refusal) = taken_over {
             // It may be durable, and must not come to life after a restart.
             if let Err(stuck) = self.keep(&name, old.as_ref()).await {
-                error!(service = name, "refused, but kept on disk: {}", stuck.detail);
+                let why = stuck.detail;
+                error!(service = name, "refused, but a restart may bring it back: {why}");
             }
             return Err(refusal);
         }

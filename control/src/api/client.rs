@@ -148,10 +148,11 @@ impl Client {
     ) -> Result<(), ClientError> {
         let broken =
             |source| ClientError::Broken { socket: self.socket.display().to_string(), source };
-        let timeout = ANSWER_TIMEOUT;
+        let (timeout, socket) = (ANSWER_TIMEOUT, self.socket.display().to_string());
         let asked = Asked { method: Method::GET, path, body: Vec::new(), if_match: None, timeout };
         self.runtime.block_on(async {
-            let response = self.send(asked).await?;
+            let response = time::timeout(timeout, self.send(asked)).await;
+            let response = response.map_err(|_| ClientError::Silent { socket, timeout })??;
             let status = response.status();
             let mut body = response.into_body();
             if status != StatusCode::OK {

@@ -6,8 +6,9 @@ use axum::{
     http::{StatusCode, header, request::Parts},
 };
 use serde::de::DeserializeOwned;
+use serde_path_to_error::Segment;
 
-use super::{Condition, Problem};
+use super::{Condition, MAX_BODY, Problem};
 use crate::config::Remark;
 
 /// The name in the path.
@@ -18,8 +19,11 @@ impl<S: Send + Sync> FromRequestParts<S> for Name {
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
         let path = Path::<String>::from_request_parts(parts, state).await;
-        let Path(name) =
-            path.map_err(|error| Problem::new(StatusCode::BAD_REQUEST, error.body_text()))?;
+        // It can only be no text, and so are no names.
+        let Path(name) = path.map_err(|error| {
+            let detail = format!("there is no such service: {}", error.body_text());
+            Problem::new(StatusCode::NOT_FOUND, detail)
+        })?;
         Ok(Self(name))
     }
 }
@@ -32,8 +36,10 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Asked<T> {
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
         let query = Query::<T>::from_request_parts(parts, state).await;
-        let Query(asked) =
-            query.map_err(|error| Problem::new(StatusCode::BAD_REQUEST, error.body_text()))?;
+        let Query(asked) = query.map_err(|error| {
+            let detail = format!("{}: see /openapi.json", error.body_text());
+            Problem::new(StatusCode::BAD_REQUEST, detail)
+        })?;
         Ok(Self(asked))
     }
 }
@@ -50,12 +56,19 @@ impl<S: Send + Sync> FromRequestParts<S> for Condition {
         }
         for field in fields {
             // None of our versions has a comma or a quote in it.
-            for word in field.to_str().unwrap_or_default().split(',').map(str::trim) {
+            for word in field.to_str().unwrap_or("?").split(',').map(str::trim) {
                 if word == "*" {
                     return Ok(Self::Any);
                 }
-                let version = word.strip_prefix('"').and_then(|word| word.strip_suffix('"'));
-                versions.extend(version.map(str::to_owned));
+                let strong = word.strip_prefix("W/").unwrap_or(word);
+                let version = strong.strip_prefix('"').and_then(|word| word.strip_suffix('"'));
+                let Some(version) = version else {
+                    let detail = format!(
+                        "`If-Match` is {word}: an ETag with its quotes, as it was given, or *"
+                    );
+                    return Err(Problem::new(StatusCode::BAD_REQUEST, detail));
+                };
+                versions.extend((strong == word).then(|| version.to_owned()));
             }
         }
         Ok(Self::Versions(versions))
@@ -76,30 +89,48 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
             let detail = "the body has to be JSON, and `Content-Type: application/json` to say so";
             return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, detail));
         }
-        let body = Bytes::from_request(request, state)
-            .await
-            .map_err(|error| Problem::new(error.status(), error.body_text()))?;
+        let body = Bytes::from_request(request, state).await.map_err(|error| {
+            let detail = match error.status() {
+                StatusCode::PAYLOAD_TOO_LARGE => {
+                    format!("the body is too large: {MAX_BODY} bytes at most")
+                }
+                _ => error.body_text(),
+            };
+            Problem::new(error.status(), detail)
+        })?;
         let mut json = serde_json::Deserializer::from_slice(&body);
         let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
-            let place = error.path().to_string();
-            wrong(&place, error.into_inner())
+            let pointer = pointer(error.path());
+            wrong(pointer, error.into_inner())
         })?;
-        json.end().map_err(|error| wrong(".", error))?;
+        json.end().map_err(|error| wrong(String::new(), error))?;
         Ok(Self(value))
     }
 }
 
-/// What is no JSON, or no value of ours. `place` is dotted, as in `backends[0].vni`.
-fn wrong(place: &str, error: serde_json::Error) -> Problem {
+/// A JSON pointer, RFC 6901.
+fn pointer(path: &serde_path_to_error::Path) -> String {
+    let steps = path.iter().filter_map(|step| match step {
+        Segment::Seq { index } => Some(format!("/{index}")),
+        Segment::Map { key } => Some(format!("/{}", key.replace('~', "~0").replace('/', "~1"))),
+        Segment::Enum { .. } | Segment::Unknown => None,
+    });
+    steps.collect()
+}
+
+/// What is no JSON, or no value of ours.
+fn wrong(pointer: String, error: serde_json::Error) -> Problem {
     if !error.is_data() {
         return Problem::new(StatusCode::BAD_REQUEST, format!("the body is no JSON: {error}"));
     }
-    let steps = place.split(['.', '[']).map(|step| step.trim_end_matches(']'));
-    let pointer = steps.filter(|step| !step.is_empty()).map(|step| format!("/{step}")).collect();
     let said = error.to_string();
     let said = said.rsplit_once(" at line ").map_or(&*said, |(said, _)| said);
-    let (detail, remedy) = said.split_once(", ").unwrap_or((said, "see /openapi.json"));
-    let remark = Remark { pointer, detail: detail.to_owned(), remedy: remedy.to_owned() };
-    let detail = format!("{}: {detail}, {remedy}", remark.pointer);
+    // What was sent may have any words in it: serde's own come last.
+    let (detail, remedy) = match said.rsplit_once(", expected ") {
+        Some((detail, remedy)) => (detail, format!("expected {remedy}")),
+        None => (said, "see /openapi.json".to_owned()),
+    };
+    let remark = Remark { pointer, detail: detail.to_owned(), remedy };
+    let detail = format!("{}: {detail}, {}", remark.pointer, remark.remedy);
     Problem::about(StatusCode::UNPROCESSABLE_ENTITY, detail, vec![remark])
 }

@@ -187,8 +187,8 @@ async fn create(
     let path = Uri::try_from(format!("/v1/services/{}", service.name));
     let location = path.expect("a name is fit for a path").to_string();
     let name = service.name.clone();
-    api.changes().change(Change::Create(service)).await?;
-    let changed = Changed::new(&api.view(), &name, warnings)?;
+    let view = api.changes().change(Change::Create(service)).await?;
+    let changed = Changed::new(&view, &name, warnings)?;
     let headers = [(header::ETAG, changed.service.etag()), (header::LOCATION, location)];
     Ok((StatusCode::CREATED, headers, Json(changed)))
 }
@@ -236,8 +236,8 @@ async fn replace(
         let (status, detail) = (StatusCode::UNPROCESSABLE_ENTITY, remark.detail.clone());
         return Err(Problem::about(status, detail, vec![remark]));
     }
-    api.changes().change(Change::Replace(service, condition)).await?;
-    let changed = Changed::new(&api.view(), &name, warnings)?;
+    let view = api.changes().change(Change::Replace(service, condition)).await?;
+    let changed = Changed::new(&view, &name, warnings)?;
     Ok(([(header::ETAG, changed.service.etag())], Json(changed)))
 }
 

@@ -8,9 +8,12 @@ use std::{
 };
 
 use tokio::{
-    net::{UnixListener, UnixStream},
+    net::{UnixListener, UnixSocket, UnixStream},
     time,
 };
+
+/// Clients that may wait to be accepted.
+const BACKLOG: u32 = 1024;
 
 /// Why there is no socket to listen on.
 #[derive(Debug, thiserror::Error)]
@@ -65,12 +68,22 @@ impl ApiSocket {
             }
             Err(error) => return Err(failed(error)),
         }
-        // Under another name first: nobody may come in before the mode says who may.
+        // Under another name, and deaf, until the mode says who may come in.
         let unready = path.with_extension(format!("{}.new", std::process::id()));
-        let listener = UnixListener::bind(&unready).map_err(failed)?;
-        fs::set_permissions(&unready, fs::Permissions::from_mode(mode))
-            .and_then(|()| fs::rename(&unready, path))
-            .map_err(failed)?;
+        let listen = || {
+            let socket = UnixSocket::new_stream()?;
+            socket.bind(&unready)?;
+            fs::set_permissions(&unready, fs::Permissions::from_mode(mode))?;
+            let listener = socket.listen(BACKLOG)?;
+            fs::rename(&unready, path)?;
+            Ok(listener)
+        };
+        // In a container one that was killed in between had the same number.
+        let _ = fs::remove_file(&unready);
+        let listener = listen().map_err(|error| {
+            let _ = fs::remove_file(&unready);
+            failed(error)
+        })?;
         Ok(Self { listener, path: path.to_owned(), file: identity(path) })
     }
 
@@ -141,6 +154,43 @@ mod tests {
             let mode = fs::metadata(&path).unwrap().permissions().mode();
             assert_eq!(mode & 0o777, 0o640);
             assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "no other name is left");
+        });
+    }
+
+    #[test]
+    fn what_one_that_was_killed_in_between_left_is_no_obstacle() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("api.sock");
+        let unready = path.with_extension(format!("{}.new", std::process::id()));
+        drop(std::os::unix::net::UnixListener::bind(&unready).unwrap());
+        run(async {
+            let _socket = ApiSocket::bind(&path, MODE).await.unwrap();
+            assert!(!unready.exists());
+        });
+    }
+
+    #[test]
+    fn nobody_comes_in_before_the_mode_says_who_may() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("api.sock");
+        let unready = path.with_extension(format!("{}.new", std::process::id()));
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                    if std::os::unix::net::UnixStream::connect(&unready).is_err() {
+                        continue;
+                    }
+                    // If it is not there by now, it has its mode and its name.
+                    let mode = fs::metadata(&unready).map(|found| found.permissions().mode());
+                    let early = mode.ok().filter(|mode| mode & 0o777 != 0o600);
+                    assert!(early.is_none(), "let in too early, by mode {early:?}");
+                }
+            });
+            for _ in 0..2000 {
+                run(ApiSocket::bind(&path, MODE)).unwrap();
+            }
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
         });
     }
 

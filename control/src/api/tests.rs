@@ -9,6 +9,7 @@ use std::{
 };
 
 use dataplane::time::Tick;
+use futures_util::FutureExt;
 use hyper::{Method, StatusCode};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -21,8 +22,7 @@ use super::{
 };
 use crate::{
     config::Config,
-    daemon,
-    desired::join,
+    daemon, desired,
     offline::Offline,
     plan::{Inputs, Planner},
     source::api::Store,
@@ -76,7 +76,7 @@ struct PlanningDaemon {
 
 impl PlanningDaemon {
     fn want(&mut self, services: &[Arc<crate::desired::Service>]) -> Result<(), Refusal> {
-        let desired = join(&[&self.config.desired.services, services], &[])
+        let desired = desired::join(&[&self.config.desired.services, services], &[])
             .map_err(|conflict| Refusal::Impossible(conflict.to_string()))?;
         let inputs = Inputs {
             desired: &desired,
@@ -184,6 +184,23 @@ impl Rig {
         }
     }
 
+    /// Asks by hand: the status, and the body if it is JSON.
+    fn ask(&self, line: &str, head: &str, body: &str) -> (u16, Value) {
+        use std::io::{Read, Write};
+        let mut client = std::os::unix::net::UnixStream::connect(self.socket()).unwrap();
+        let length = body.len();
+        write!(
+            client,
+            "{line} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n\
+             {head}\r\n\r\n{body}"
+        )
+        .unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        let (_, body) = answer.split_once("\r\n\r\n").unwrap();
+        (answer[9..12].parse().unwrap(), serde_json::from_str(body).unwrap_or_default())
+    }
+
     fn create(&self, service: &Value) -> Result<String, Problem> {
         self.change(Method::POST, "/v1/services", service.clone(), "")
     }
@@ -253,6 +270,18 @@ fn what_is_not_there_is_a_problem_with_a_sentence() {
     for (method, path, status, detail) in [
         (Method::GET, "/v1/services/nosuch", 404, "there is no service `nosuch`"),
         (Method::GET, "/v2", 404, "there is no /v2: see /openapi.json"),
+        (
+            Method::GET,
+            "/v1/services/%ff",
+            404,
+            "there is no such service: Invalid URL: Invalid UTF-8 in `name`",
+        ),
+        (
+            Method::GET,
+            "/v1/flows?top=all",
+            400,
+            "Failed to deserialize query string: top: invalid digit found in string: see /openapi.json",
+        ),
         (Method::PATCH, "/v1/status", 405, "PATCH does nothing to /v1/status"),
     ] {
         let problem = rig.change(method, path, Value::Null, "").unwrap_err();
@@ -405,6 +434,57 @@ fn of_many_writers_at_once_one_wins_each_round() {
 }
 
 #[test]
+fn a_writer_is_told_of_its_own_version_although_the_next_one_is_faster() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = Config::default();
+    let (shown, views) = watch::channel(view("", 0));
+    let (store, services) = Store::open(folder.path(), &config.maglev).unwrap();
+    let weighs = |weight| {
+        let spec: crate::config::ServiceSpec =
+            serde_json::from_value(shop("203.0.113.20", &["80/tcp"], weight)).unwrap();
+        spec.understand(&config.maglev).unwrap().0
+    };
+    let (first, second) = (Change::Create(weighs(1)), Change::Replace(weighs(2), Condition::Any));
+    let mut daemon =
+        PlanningDaemon { planner: daemon::planner(&config), config: config.clone(), views: shown };
+    runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+        let (changes, mut wanted) = Changes::start(store, services, config.limits.clone(), views);
+        let taking = async {
+            while let Some(Wanted { services, outcome, .. }) = wanted.recv().await {
+                let _ = outcome.send(daemon.want(&services));
+            }
+        };
+        let told = tokio::select! {
+            told = join(changes.change(first), changes.change(second)) => told,
+            () = taking => panic!("nobody wants anything"),
+        };
+        let weight = |view: &View| view.service("shop").unwrap().0.backends[0].weight;
+        assert_eq!((weight(&told.0.unwrap()), weight(&told.1.unwrap())), (1, 2));
+    });
+}
+
+#[test]
+fn what_takes_long_is_done_one_at_a_time_also_for_those_who_have_gone() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = Config::default();
+    let (_shown, views) = watch::channel(view("", 0));
+    let (store, services) = Store::open(folder.path(), &config.maglev).unwrap();
+    runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+        let (changes, _wanted) =
+            Changes::start(store, services, config.limits.clone(), views.clone());
+        let api = Api::new(Observed::without_workers(&config), views, changes);
+        let (end, ended) = std_mpsc::channel();
+        // It has begun when nobody waits for it any more.
+        let gone = api.beside(move || ended.recv().unwrap()).now_or_never();
+        assert_eq!(gone, None);
+        let next = tokio::time::timeout(Duration::from_millis(100), api.beside(|| ())).await;
+        assert!(next.is_err(), "two at once");
+        end.send(()).unwrap();
+        api.beside(|| ()).await;
+    });
+}
+
+#[test]
 fn what_is_not_the_apis_or_taken_is_refused_with_a_sentence_and_a_place() {
     let rig = Rig::new(CONFIG);
     rig.create(&shop("203.0.113.20", &["80/tcp"], 1)).unwrap();
@@ -495,19 +575,53 @@ fn a_body_that_is_wrong_is_refused_by_the_field() {
         assert!(!about.remedy.is_empty());
     }
     assert_eq!(rig.replace("other", &good, "*").unwrap_err().errors[0].pointer, "/name");
-    let ask = |head: &str, body: &str| {
-        use std::io::{Read, Write};
-        let mut client = std::os::unix::net::UnixStream::connect(rig.socket()).unwrap();
-        let length = body.len();
-        write!(client, "POST /v1/services HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n{head}\r\n\r\n{body}").unwrap();
-        let mut answer = String::new();
-        client.read_to_string(&mut answer).unwrap();
-        answer[9..12].to_owned()
+    let posted = |head: &str, body: &str| rig.ask("POST /v1/services", head, body);
+    for (head, body, status, detail) in [
+        ("Content-Type: text/plain", "{}", 415, "the body has to be JSON"),
+        ("Content-Type: application/json", "{", 400, "the body is no JSON"),
+        ("Content-Type: application/json; charset=utf-8", "{} {}", 400, "the body is no JSON"),
+        (
+            "Content-Type: application/json",
+            &" ".repeat(MAX_BODY + 1),
+            413,
+            "the body is too large: 4194304 bytes at most",
+        ),
+    ] {
+        let (was, problem) = posted(head, body);
+        assert_eq!(was, status);
+        assert!(problem["detail"].as_str().unwrap().starts_with(detail), "{problem}");
+    }
+}
+
+#[test]
+fn what_was_sent_may_have_any_words_in_it() {
+    let rig = Rig::new(CONFIG);
+    let about = |body: Value| rig.create(&body).unwrap_err().errors.remove(0);
+    // RFC 6901 section 3.
+    let remark = about(json!({ "a.b/c~d": 1 }));
+    assert_eq!(remark.pointer, "/a.b~1c~0d");
+    let remark = about(json!({ "vni": "1, expected 2" }));
+    assert_eq!(
+        (&*remark.detail, &*remark.remedy),
+        ("invalid type: string \"1, expected 2\"", "expected i64")
+    );
+}
+
+#[test]
+fn a_version_without_its_quotes_is_said_to_be_wrong_and_not_old() {
+    let rig = Rig::new(CONFIG);
+    let version = rig.create(&shop("203.0.113.20", &["80/tcp"], 1)).unwrap();
+    let removed = |said: &str| {
+        let (status, problem) =
+            rig.ask("DELETE /v1/services/shop", &format!("If-Match: {said}"), "");
+        (status, problem["detail"].as_str().unwrap_or_default().to_owned())
     };
-    assert_eq!(ask("Content-Type: text/plain", "{}"), "415");
-    assert_eq!(ask("Content-Type: application/json", "{"), "400");
-    assert_eq!(ask("Content-Type: application/json; charset=utf-8", "{} {}"), "400");
-    assert_eq!(ask("Content-Type: application/json", &" ".repeat(MAX_BODY + 1)), "413");
+    let (status, detail) = removed(&version);
+    assert_eq!(status, 400);
+    assert!(detail.contains(&version) && detail.contains("quotes"), "{detail}");
+    // RFC 9110 section 13.1.1: the comparison is the strong one.
+    assert_eq!(removed(&format!("W/\"{version}\"")).0, 412);
+    assert_eq!(removed(&format!("\"0\", \"{version}\"")).0, 204);
 }
 
 #[test]
@@ -762,4 +876,16 @@ fn a_client_that_does_not_read_delays_no_other() {
     silent.set_write_timeout(Some(Duration::from_millis(200))).unwrap();
     let _ = std::io::Write::write_all(&mut silent, ask.as_bytes());
     assert_eq!(rig.get("/v1/services")[0]["name"], "web");
+}
+
+#[test]
+fn a_client_that_does_not_read_loses_its_place() {
+    runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+        use tokio::io::AsyncWriteExt;
+        let router = Router::new().fallback(|| async { "more than fits in between".repeat(1000) });
+        let (mut client, server) = tokio::io::duplex(1000);
+        client.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        let answered = answer(router, server, Duration::from_millis(50));
+        tokio::time::timeout(Duration::from_secs(10), answered).await.expect("it is let go");
+    });
 }

@@ -12,9 +12,9 @@ use miette::{Report, miette};
 use serde::Serialize;
 
 use super::{
-    Daemon,
+    Daemon, complain,
     health::Health,
-    print,
+    print, say,
     show::{Listed, Processes},
 };
 use crate::{
@@ -172,7 +172,7 @@ pub struct Update {
     #[command(flatten)]
     health: Health,
     /// Only if the service is still of this version, as `inspect` shows it
-    #[arg(long)]
+    #[arg(long, value_parser = version)]
     if_version: Option<String>,
     #[command(flatten)]
     daemon: Daemon,
@@ -183,6 +183,13 @@ fn mode(text: &str) -> Result<Mode, String> {
         "dsr" => Ok(Mode::Dsr),
         _ => Err("it is dsr, so far".to_owned()),
     }
+}
+
+fn version(text: &str) -> Result<String, String> {
+    let is_one = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    is_one
+        .then(|| text.to_owned())
+        .ok_or_else(|| "hexadecimal digits, as `inspect` shows".to_owned())
 }
 
 /// A published port, as the file writes it: `80/tcp`.
@@ -324,7 +331,7 @@ pub fn execute(command: Command) -> Result<(), Report> {
             for name in names {
                 client.change::<()>(Method::DELETE, &path(&name), None::<&()>, Some("*"))?;
                 if !daemon.json {
-                    println!("{name} removed");
+                    say(format_args!("{name} removed"))?;
                 }
             }
             Ok(())
@@ -339,13 +346,13 @@ fn path(name: &str) -> String {
 /// What was done, and what may not have been meant.
 fn done(daemon: &Daemon, what: &str, changed: &Changed) -> Result<(), Report> {
     for Remark { detail, remedy, .. } in &changed.warnings {
-        eprintln!("warning: {detail}: {remedy}");
+        complain(format_args!("warning: {detail}: {remedy}\n"));
     }
     if daemon.json {
         return super::print_json(changed);
     }
-    println!("{} {what}, version {}", changed.service.name, changed.service.version);
-    Ok(())
+    let Service { name, version, .. } = &changed.service;
+    say(format_args!("{name} {what}, version {version}"))
 }
 
 impl Create {
@@ -522,6 +529,15 @@ mod tests {
         assert!(error.contains("mode dsr") && error.contains("has to be 80 too"), "{error}");
         for bad in ["target=80", "published=80,mode=host", "published=80,tcp"] {
             publish(bad).unwrap_err();
+        }
+    }
+
+    #[test]
+    fn a_version_is_what_inspect_shows() {
+        assert_eq!(version("00ff00ff00ff00ff").unwrap(), "00ff00ff00ff00ff");
+        // The first could not even be sent.
+        for bad in ["00\n", "\"00\"", "*", ""] {
+            version(bad).unwrap_err();
         }
     }
 

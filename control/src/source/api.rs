@@ -63,7 +63,8 @@ impl Store {
     /// If anything in it can't be read: to go on without would take a service away.
     pub fn open(directory: &Path, maglev: &Maglev) -> Result<(Self, Services), StoreError> {
         let mut store = Self { directory: directory.to_owned(), lock: None };
-        if !directory.exists() {
+        // What can't be looked at may well be full of services.
+        if !directory.try_exists().map_err(failed(directory))? {
             return Ok((store, Services::new()));
         }
         store.prepare()?;
@@ -91,17 +92,22 @@ impl Store {
     pub fn put(&mut self, name: &str, spec: &ServiceSpec) -> Result<(), StoreError> {
         self.prepare()?;
         let (path, new) = (self.path(name, FINISHED), self.path(name, UNFINISHED));
+        let mut text = serde_json::to_vec_pretty(spec).expect("a service is plain data");
+        text.push(b'\n');
         let write = || {
             let mut options = File::options();
             let mut file =
                 options.write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-            serde_json::to_writer_pretty(&mut file, spec)?;
-            file.write_all(b"\n")?;
+            file.write_all(&text)?;
             file.sync_all()?;
             fs::rename(&new, &path)?;
             sync(&self.folder())
         };
-        write().map_err(failed(&path))
+        write().map_err(|error| {
+            // A full disk has no room for it.
+            let _ = fs::remove_file(&new);
+            failed(&path)(error)
+        })
     }
 
     /// Keeps a service no longer.
@@ -109,6 +115,10 @@ impl Store {
     /// # Errors
     /// If the disk refuses.
     pub fn remove(&mut self, name: &str) -> Result<(), StoreError> {
+        if self.lock.is_none() {
+            // Nothing in it is ours, and it may be another daemon's by now.
+            return Ok(());
+        }
         let path = self.path(name, FINISHED);
         let removed = match fs::remove_file(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -126,13 +136,12 @@ impl Store {
             return Ok(());
         }
         let folder = self.folder();
-        if !folder.exists() {
-            let mut builder = fs::DirBuilder::new();
-            builder.recursive(true).mode(0o700).create(&folder).map_err(failed(&folder))?;
-            sync(&self.directory).map_err(failed(&self.directory))?;
-            if let Some(parent) = self.directory.parent() {
-                sync(parent).map_err(failed(parent))?;
-            }
+        let missing: Vec<&Path> = folder.ancestors().take_while(|path| !path.exists()).collect();
+        let mut builder = fs::DirBuilder::new();
+        builder.recursive(true).mode(0o700).create(&folder).map_err(failed(&folder))?;
+        // Each new name is durable once the directory that it stands in is.
+        for parent in missing.iter().filter_map(|made| made.parent()) {
+            sync(parent).map_err(failed(parent))?;
         }
         let path = self.directory.join("lock");
         let lock = File::options().create(true).append(true).mode(0o600).open(&path);
@@ -233,6 +242,43 @@ mod tests {
         assert!(matches!(error, StoreError::InUse(_)), "{error}");
         drop(store);
         open(directory.path()).unwrap();
+    }
+
+    #[test]
+    fn who_does_not_have_the_directory_takes_nothing_out_of_it() {
+        let parent = tempfile::tempdir().unwrap();
+        let directory = parent.path().join("state");
+        // Neither finds a directory, so neither has it.
+        let (mut first, _) = open(&directory).unwrap();
+        let (mut second, _) = open(&directory).unwrap();
+        first.put("a", &spec("a")).unwrap();
+        let error = second.put("a", &spec("a")).unwrap_err();
+        assert!(matches!(error, StoreError::InUse(_)), "{error}");
+        // As is done with what was refused.
+        second.remove("a").unwrap();
+        drop((first, second));
+        assert_eq!(kept(&directory), ["a"]);
+    }
+
+    #[test]
+    fn a_directory_that_cannot_be_looked_at_is_not_taken_for_one_that_is_not_there() {
+        let parent = tempfile::tempdir().unwrap();
+        let (a, b) = (parent.path().join("a"), parent.path().join("b"));
+        std::os::unix::fs::symlink(&a, &b).unwrap();
+        std::os::unix::fs::symlink(&b, &a).unwrap();
+        let error = open(&a).unwrap_err();
+        assert!(error.to_string().contains("api.state_directory"), "{error}");
+    }
+
+    #[test]
+    fn what_can_not_be_written_leaves_nothing_behind() {
+        let directory = tempfile::tempdir().unwrap();
+        let (mut store, _) = open(directory.path()).unwrap();
+        let (path, new) = (store.path("a", FINISHED), store.path("a", UNFINISHED));
+        // A file does not take a directory's place.
+        fs::create_dir(&path).unwrap();
+        store.put("a", &spec("a")).unwrap_err();
+        assert!(!new.exists());
     }
 
     #[test]

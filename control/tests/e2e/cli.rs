@@ -64,6 +64,19 @@ fn check_of_a_bad_file_points_at_line_and_column_and_says_why() {
 }
 
 #[test]
+fn a_reader_that_has_gone_changes_no_exit_code() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("wiremesh.toml");
+    let gone = || std::io::pipe().unwrap().1;
+    for (config, code) in [(CONFIG, 0), ("nonsense", 1)] {
+        fs::write(&file, config).unwrap();
+        let mut run = Command::new(WIREMESH);
+        let run = run.arg("check").arg("-c").arg(&file).stdout(gone()).stderr(gone());
+        assert_eq!(run.status().unwrap().code(), Some(code));
+    }
+}
+
+#[test]
 fn explain_names_the_backend_of_either_family() {
     for (client, vip, backend) in [
         ("198.51.100.7:40000", "203.0.113.10:80", "four-1"),
