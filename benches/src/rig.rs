@@ -54,7 +54,7 @@ pub struct Rig {
     /// What memory it came to have for the frames.
     pub frames: Resident,
     // Holds the snapshot.
-    _publisher: Arc<Publisher<Forwarding>>,
+    publisher: Arc<Publisher<Forwarding>>,
 }
 
 impl Rig {
@@ -107,13 +107,23 @@ impl Rig {
                 table_bytes,
                 table: resident,
                 frames,
-                _publisher: Arc::clone(&publisher),
+                publisher: Arc::clone(&publisher),
             };
             rig.worker.turn(rig.now); // fills the fill ring
             rig.establish();
             rig.fill();
             rig
         })
+    }
+
+    /// Gives the worker another snapshot from its next burst on, and frees those it has done with.
+    ///
+    /// # Panics
+    /// If it is one of several workers.
+    pub fn publish(&mut self, snapshot: Arc<Forwarding>) {
+        let publisher = Arc::get_mut(&mut self.publisher).expect("it is the only worker");
+        publisher.retire();
+        publisher.publish(snapshot);
     }
 
     /// The floor of this worker, of the same footprint.

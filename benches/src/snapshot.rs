@@ -135,6 +135,24 @@ pub fn forwarding(inner: Family, underlay: Underlay) -> Forwarding {
     forwarding_to(&Backends::new(BACKENDS), inner, underlay)
 }
 
+/// The same service among many others, which nobody talks to, of ten backends each.
+///
+/// # Panics
+/// Never: its VIPs are distinct.
+pub fn among(others: u32, inner: Family, underlay: Underlay) -> Forwarding {
+    let plain = |_: &[Taker]| Schedule::Maglev;
+    let (common, mut services, mut slots) = parts(&Backends::new(BACKENDS), plain, inner, underlay);
+    let maglev = services[0].maglev.clone();
+    let one = slots[0].clone().expect("the first backend exists");
+    for index in 1..=others {
+        let address = Address::v4((0xc612_0000 + index).to_be_bytes());
+        let vips = vec![Vip { address, protocol: protocol::TCP, port: VIP_PORT }];
+        services.push(Service { vips, maglev: maglev.clone(), schedule: Schedule::Maglev });
+        slots.extend((0..10).map(|_| Some(Backend { service: index, ..one.clone() })));
+    }
+    Forwarding::new(common, services, slots).expect("the snapshot is sound")
+}
+
 /// The same with other backends.
 ///
 /// # Panics
@@ -153,6 +171,17 @@ pub fn scheduled(
     inner: Family,
     underlay: Underlay,
 ) -> Forwarding {
+    let (common, services, slots) = parts(backends, schedule, inner, underlay);
+    Forwarding::new(common, services, slots).expect("the snapshot is sound")
+}
+
+/// What it is made of.
+fn parts(
+    backends: &Backends,
+    schedule: impl Fn(&[Taker]) -> Schedule,
+    inner: Family,
+    underlay: Underlay,
+) -> (Common, Vec<Service>, Vec<Option<Backend>>) {
     let vip = |address| {
         [protocol::TCP, protocol::UDP].map(|protocol| Vip { address, protocol, port: VIP_PORT })
     };
@@ -175,5 +204,5 @@ pub fn scheduled(
     let slots = backends.existing.iter().max().map_or(0, |last| last + 1);
     let exists = |slot| backends.existing.contains(&slot);
     let slots = (0..slots).map(|slot| exists(slot).then(|| backend(slot))).collect();
-    Forwarding::new(common, vec![service], slots).expect("the snapshot is sound")
+    (common, vec![service], slots)
 }
