@@ -113,6 +113,11 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        sync::atomic::{AtomicUsize, Ordering},
+        thread,
+    };
+
     use super::*;
 
     const MODE: u32 = 0o600;
@@ -172,12 +177,18 @@ mod tests {
     #[test]
     fn nobody_comes_in_before_the_mode_says_who_may() {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("api.sock");
-        let unready = path.with_extension(format!("{}.new", std::process::id()));
-        let done = std::sync::atomic::AtomicBool::new(false);
-        std::thread::scope(|scope| {
+        // Each has names of its own, lest one be taken for the next.
+        let path = |round: usize| folder.path().join(format!("{round}.sock"));
+        let rounds = 2000;
+        let now = AtomicUsize::new(0);
+        thread::scope(|scope| {
             scope.spawn(|| {
-                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                loop {
+                    let round = now.load(Ordering::Relaxed);
+                    if round == rounds {
+                        break;
+                    }
+                    let unready = path(round).with_extension(format!("{}.new", std::process::id()));
                     if std::os::unix::net::UnixStream::connect(&unready).is_err() {
                         continue;
                     }
@@ -187,10 +198,10 @@ mod tests {
                     assert!(early.is_none(), "let in too early, by mode {early:?}");
                 }
             });
-            for _ in 0..2000 {
-                run(ApiSocket::bind(&path, MODE)).unwrap();
+            for round in 0..rounds {
+                run(ApiSocket::bind(&path(round), MODE)).unwrap();
+                now.store(round + 1, Ordering::Relaxed);
             }
-            done.store(true, std::sync::atomic::Ordering::Relaxed);
         });
     }
 
