@@ -229,6 +229,8 @@ struct Daemon {
     publisher: Publisher<Forwarding>,
     generation: Generation,
     backends: Arc<[Placement]>,
+    /// Whose these are: also where the configuration before could not be restored.
+    placed: Desired,
     /// When the next drain ends.
     drained_at: Option<SystemTime>,
     steered: Steered,
@@ -277,6 +279,7 @@ impl Daemon {
         let checks = Checks::start(limit).map_err(RunError::Health)?;
         let generation = publisher.generation();
         let mut daemon = Self {
+            placed: config.desired.clone(),
             config,
             wanted,
             interfaces,
@@ -450,7 +453,7 @@ impl Daemon {
         }
         // Nothing that workers have to know.
         let inputs = inputs(&self.config, &self.hops, &self.verdicts, &self.interfaces);
-        let placed = self.config.desired.backends().zip(self.backends.iter());
+        let placed = self.placed.backends().zip(self.backends.iter());
         let rejudge = |((service, backend), placement): ((&Service, _), &Placement)| Placement {
             health: health_of(&inputs, service, backend),
             ..placement.clone()
@@ -571,6 +574,7 @@ impl Daemon {
         self.hops = hops;
         self.drained_at = drained_at;
         let before = std::mem::replace(&mut self.backends, backends.into());
+        self.placed = self.config.desired.clone();
         self.log_unreachable(&before);
         self.acknowledged().await;
         if !in_step {

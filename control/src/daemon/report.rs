@@ -42,7 +42,7 @@ impl Daemon {
     pub(super) fn view(&self) -> Arc<View> {
         Arc::new(View {
             generation: self.generation.get(),
-            desired: self.config.desired.clone(),
+            desired: self.placed.clone(),
             placements: self.backends.clone(),
             vteps: self.config.node.vteps(),
             forwarding: self.publisher.current().clone(),
@@ -97,7 +97,7 @@ impl Daemon {
         if before.is_empty() && self.backends.iter().all(|now| now.unreachable.is_none()) {
             return;
         }
-        let names = self.config.desired.backends().map(|(s, b)| (&s.name, &b.name));
+        let names = self.placed.backends().map(|(s, b)| (&s.name, &b.name));
         for ((service, backend), placement) in names.zip(self.backends.iter()) {
             let was = before.get(&placement.slot);
             let was = was.and_then(|was| was.unreachable.as_ref());
