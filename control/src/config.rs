@@ -69,6 +69,8 @@ pub struct Node {
     pub cores: Cores,
     /// Whether ARP and neighbour solicitations for VIPs are answered.
     pub answer_arp: bool,
+    /// The kernel's routing table that has a route for each VIP to announce. `None`: nothing is announced.
+    pub announce_table: Option<u32>,
 }
 
 /// `[api]`
@@ -283,6 +285,7 @@ impl Default for Node {
             workers: Workers::Auto,
             cores: Cores::Auto,
             answer_arp: false,
+            announce_table: None,
         }
     }
 }
@@ -469,7 +472,7 @@ impl Config {
         }
         differing! {
             node: Node {
-                name, interfaces, vtep, vtep6, workers, cores; answer_arp
+                name, interfaces, vtep, vtep6, workers, cores, announce_table; answer_arp
             }
             api: Api { socket, socket_mode, listen, tls, state_directory, metrics_limit }
             dataplane: Dataplane {

@@ -4,6 +4,7 @@
 //! wrong after the start leaves the last good snapshot in force, unless an interface of ours is gone: our
 //! sockets and the XDP program are gone with it, and only a new start brings them back.
 
+mod announcing;
 mod report;
 mod steering;
 
@@ -33,7 +34,7 @@ use tokio::{
 };
 use tracing::{error, info, warn};
 
-use self::{report::warn_too_large, steering::Steered};
+use self::{announcing::Announcing, report::warn_too_large, steering::Steered};
 use crate::{
     api::{Api, ApiSocket, Changes, Refusal, SocketError, TcpDoor, TcpError},
     causes,
@@ -183,13 +184,21 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
                 daemon.publisher.retire();
                 daemon.end_drains().await;
             }
-            _ = relink.tick() => if let Err(lost) = daemon.relink().await {
-                break Err(lost);
-            },
+            _ = relink.tick() => {
+                // At once after the start: what an earlier life has left may be too much.
+                if let Some(announcing) = &mut daemon.announcing {
+                    announcing.renew().await;
+                }
+                if let Err(lost) = daemon.relink().await {
+                    break Err(lost);
+                }
+            }
         }
         daemon.show(&shown);
     };
     api.abort();
+    // First, so that routers send packets elsewhere while we still forward them.
+    daemon.announce_less(&BTreeSet::new()).await;
     info!("stopping: the kernel gets all packets again");
     drop(daemon);
     ended
@@ -236,6 +245,8 @@ struct Daemon {
     steered: Steered,
     /// What was last wanted to be steered, if it is in full.
     in_step: Option<Arc<BTreeMap<SteerKey, bool>>>,
+    /// `None` if nothing is to be announced.
+    announcing: Option<Announcing>,
     refused: Option<String>,
     /// Rx queues of each interface.
     rx_queues: Vec<u32>,
@@ -263,6 +274,8 @@ impl Daemon {
         let mut planner = planner(&config);
         let verdicts = Verdicts::default();
         let plan = planner.plan(&inputs(&config, &hops, &verdicts, &interfaces), Tick(0))?;
+        let announcing = config.node.announce_table.map(Announcing::new).transpose();
+        let announcing = announcing.map_err(LinkError::Socket)?;
         let mut publisher = Publisher::new(Arc::new(plan.forwarding));
         let queues: Vec<Queues> = links
             .iter()
@@ -296,6 +309,7 @@ impl Daemon {
             drained_at: plan.drained_at,
             steered: Steered::default(),
             in_step: None,
+            announcing,
             refused: None,
             rx_queues: links.iter().map(|link| link.rx_queues).collect(),
             missing: None,
@@ -306,6 +320,7 @@ impl Daemon {
         // Published before steered: XDP never hands over what no worker knows.
         daemon.steer_more(&plan.steer)?;
         daemon.check();
+        daemon.announce(plan.announced).await;
         info!(node = daemon.config.node.name, vips = daemon.steered.len(), "ready");
         Ok(daemon)
     }
@@ -559,12 +574,13 @@ impl Daemon {
         }
     }
 
-    /// Plans anew and brings workers and XDP in step: what is steered is always a part of what workers
-    /// know.
+    /// Plans anew and brings workers, XDP and routers in step: what is announced is always a part of what
+    /// is steered, and that of what workers know.
     async fn replan(&mut self, hops: Hops) -> Result<(), RunError> {
         let inputs = inputs(&self.config, &hops, &self.verdicts, &self.interfaces);
-        let Plan { forwarding, steer, backends, drained_at } =
+        let Plan { forwarding, steer, announced, backends, drained_at } =
             self.planner.plan(&inputs, self.fleet.now())?;
+        self.announce_less(&announced).await;
         let before = self.in_step.take();
         let in_step = before.is_some_and(|before| Arc::ptr_eq(&before, &steer));
         if !in_step {
@@ -581,7 +597,22 @@ impl Daemon {
             self.steer_more(&steer)?;
         }
         self.in_step = Some(steer);
+        self.announce(announced).await;
         Ok(())
+    }
+
+    /// Before anything is taken away, what depends on it is announced no more.
+    async fn announce_less(&mut self, wanted: &BTreeSet<IpAddr>) {
+        if let Some(announcing) = &mut self.announcing {
+            announcing.less(wanted).await;
+        }
+    }
+
+    /// Once all is there, it is announced.
+    async fn announce(&mut self, wanted: BTreeSet<IpAddr>) {
+        if let Some(announcing) = &mut self.announcing {
+            announcing.exactly(wanted).await;
+        }
     }
 
     /// Steers no more what is not in `wanted`, and lets the workers finish what they have of it.
@@ -683,6 +714,7 @@ fn inputs<'a>(
         vtep: config.node.vtep,
         vtep6: config.node.vtep6,
         answer_arp: config.node.answer_arp,
+        announce: config.node.announce_table.is_some(),
         offline: false,
         time: SystemTime::now(),
     }

@@ -44,6 +44,7 @@ impl Offline {
             vtep: config.node.vtep,
             vtep6: config.node.vtep6,
             answer_arp: config.node.answer_arp,
+            announce: config.node.announce_table.is_some(),
             offline: true,
             time: SystemTime::now(),
         };

@@ -6,7 +6,7 @@
 mod slots;
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::Arc,
     time::SystemTime,
@@ -67,6 +67,8 @@ pub struct Inputs<'a> {
     pub vtep6: Option<Ipv6Addr>,
     /// Whether ARP and neighbour solicitations for VIPs are answered.
     pub answer_arp: bool,
+    /// Whether VIPs are announced.
+    pub announce: bool,
     /// Whether there is no kernel to ask: a backend without a known way is sent to zero MAC addresses.
     pub offline: bool,
     /// What time it is for people: drains may end.
@@ -83,6 +85,8 @@ pub struct Plan {
     pub forwarding: Forwarding,
     /// For XDP, with each key's "answer ARP" flag. The same one again, if nothing of it has changed.
     pub steer: Arc<BTreeMap<SteerKey, bool>>,
+    /// For routers, if VIPs are announced: those with a backend that serves. No ARP is answered for others.
+    pub announced: BTreeSet<IpAddr>,
     /// For people: one for each backend, in order of services and backends.
     pub backends: Vec<Placement>,
     /// When the next drain ends.
@@ -106,6 +110,11 @@ impl Placement {
     /// Whether its checks say that it does not serve.
     pub fn is_down(&self) -> bool {
         self.health.as_ref().is_some_and(Verdict::is_down)
+    }
+
+    /// Whether it can serve, as far as is known.
+    fn is_usable(&self) -> bool {
+        self.unreachable.is_none() && !self.is_down()
     }
 }
 
@@ -166,6 +175,7 @@ pub struct Planner {
     planned: HashMap<String, Arc<Planned>>,
     surroundings: Surroundings,
     steer: Arc<BTreeMap<SteerKey, bool>>,
+    announced: BTreeSet<IpAddr>,
 }
 
 /// A service with all that was made of it: the next plan takes it as it is, if nothing about it has changed.
@@ -178,6 +188,8 @@ struct Planned {
     placements: Vec<Placement>,
     maglev: Arc<Maglev>,
     schedule: Schedule,
+    /// Whether a backend takes new connections because it can, and not for want of a better one.
+    serves: bool,
     /// When the next drain ends.
     drained_at: Option<SystemTime>,
 }
@@ -191,6 +203,7 @@ struct Surroundings {
     vtep: Option<IpAddr>,
     vtep6: Option<Ipv6Addr>,
     answer_arp: bool,
+    announce: bool,
     offline: bool,
 }
 
@@ -210,6 +223,7 @@ impl Surroundings {
             vtep: inputs.vtep,
             vtep6: inputs.vtep6,
             answer_arp: inputs.answer_arp,
+            announce: inputs.announce,
             offline: inputs.offline,
         }
     }
@@ -221,6 +235,7 @@ impl Surroundings {
             && self.vtep == inputs.vtep
             && self.vtep6 == inputs.vtep6
             && self.answer_arp == inputs.answer_arp
+            && self.announce == inputs.announce
             && self.offline == inputs.offline
     }
 
@@ -273,6 +288,7 @@ impl Planner {
             planned: HashMap::new(),
             surroundings: Surroundings::default(),
             steer: Arc::default(),
+            announced: BTreeSet::new(),
         }
     }
 
@@ -297,8 +313,8 @@ impl Planner {
         self.remember(inputs, &services);
         let placements = services.iter().flat_map(|planned| planned.placements.iter().cloned());
         let drained_at = services.iter().filter_map(|planned| planned.drained_at).min();
-        let (steer, backends) = (self.steer.clone(), placements.collect());
-        Ok(Plan { forwarding, steer, backends, drained_at })
+        let (steer, announced) = (self.steer.clone(), self.announced.clone());
+        Ok(Plan { forwarding, steer, announced, backends: placements.collect(), drained_at })
     }
 
     /// All services, in order: as they were, or made anew.
@@ -373,8 +389,9 @@ impl Planner {
         let deadlines = service.backends.iter().filter_map(|backend| backend.drain?.deadline());
         let drained_at = deadlines.filter(|deadline| *deadline > surroundings.0.time).min();
         let (maglev, schedule) = self.chosen_from(service, &placements, before);
+        let serves = serves(service, &placements);
         let (service, vips) = (service.clone(), vips(service));
-        Ok(Planned { service, vips, backends, placements, maglev, schedule, drained_at })
+        Ok(Planned { service, vips, backends, placements, maglev, schedule, serves, drained_at })
     }
 
     fn take(&mut self, service: &Service, backend: &Backend) -> Result<Slot, PlanError> {
@@ -447,9 +464,14 @@ impl Planner {
             before.is_some_and(|before| Arc::ptr_eq(before, planned) || before.vips == planned.vips)
         };
         let same_vips = services.len() == self.planned.len() && services.iter().all(steers_like);
-        if !(still && same_vips) {
-            self.steer = Arc::new(steer(inputs));
+        let announced = match inputs.announce {
+            true => services.iter().filter(|p| p.serves).map(|p| p.service.vip).collect(),
+            false => BTreeSet::new(),
+        };
+        if !(still && same_vips && announced == self.announced) {
+            self.steer = Arc::new(steer(inputs, &announced));
         }
+        self.announced = announced;
         for planned in services {
             match self.planned.get_mut(&planned.service.name) {
                 Some(before) if Arc::ptr_eq(before, planned) => {}
@@ -487,15 +509,20 @@ fn takers<'a>(service: &'a Service, placements: &[Placement]) -> Vec<(&'a str, u
 fn takes(service: &Service, placements: &[Placement]) -> Vec<bool> {
     let all = || service.backends.iter().zip(placements);
     let reachable = |placement: &Placement| placement.unreachable.is_none();
-    let usable = |placement: &Placement| reachable(placement) && !placement.is_down();
-    if all().any(|(backend, placement)| backend.weight > 0 && usable(placement)) {
-        return placements.iter().map(usable).collect();
+    if serves(service, placements) {
+        return placements.iter().map(Placement::is_usable).collect();
     }
     if service.health.as_ref().is_some_and(|health| health.all_down == AllDown::Stop) {
         return placements.iter().map(|placement| !placement.is_down()).collect();
     }
     let some = all().any(|(backend, placement)| backend.weight > 0 && reachable(placement));
     placements.iter().map(|placement| !some || reachable(placement)).collect()
+}
+
+/// Whether there is a backend that new connections are given to because it can serve them.
+fn serves(service: &Service, placements: &[Placement]) -> bool {
+    let mut all = service.backends.iter().zip(placements);
+    all.any(|(backend, placement)| backend.weight > 0 && placement.is_usable())
 }
 
 /// Which of a service's backends workers are to know nothing of, as if they had been removed, so that their
@@ -533,7 +560,7 @@ fn vips(service: &Service) -> Vec<Vip> {
     service.ports.iter().map(vip).collect()
 }
 
-fn steer(inputs: &Inputs<'_>) -> BTreeMap<SteerKey, bool> {
+fn steer(inputs: &Inputs<'_>, announced: &BTreeSet<IpAddr>) -> BTreeMap<SteerKey, bool> {
     let mut keys = BTreeMap::new();
     for service in &inputs.desired.services {
         for vip in vips(service) {
@@ -542,7 +569,9 @@ fn steer(inputs: &Inputs<'_>) -> BTreeMap<SteerKey, bool> {
         // An address that the node itself has keeps its pings, fragments and ARP.
         let own = inputs.interfaces.iter().any(|i| i.addresses.contains(&service.vip));
         if !own {
-            keys.insert((service.vip.into(), 0, 0), inputs.answer_arp);
+            // To answer is to announce, on the network next to us.
+            let here = !inputs.announce || announced.contains(&service.vip);
+            keys.insert((service.vip.into(), 0, 0), inputs.answer_arp && here);
         }
     }
     keys

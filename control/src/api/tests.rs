@@ -87,6 +87,7 @@ impl PlanningDaemon {
             vtep: None,
             vtep6: None,
             answer_arp: false,
+            announce: false,
             offline: true,
             time: std::time::SystemTime::now(),
         };

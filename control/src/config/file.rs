@@ -39,6 +39,7 @@ pub struct Node {
     pub workers: Key<AutoOr<i64>>,
     pub cores: Key<AutoOr<Vec<i64>>>,
     pub answer_arp: Option<bool>,
+    pub announce_table: Key<i64>,
 }
 
 /// `[api]`

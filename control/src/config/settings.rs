@@ -65,6 +65,7 @@ pub fn node(written: &file::Node, report: &mut Report) -> Node {
         workers: written.workers.as_ref().map_or(defaults.workers, |key| workers(key, report)),
         cores: written.cores.as_ref().map_or(defaults.cores, |key| cores(key, report)),
         answer_arp: written.answer_arp.unwrap_or(defaults.answer_arp),
+        announce_table: written.announce_table.as_ref().and_then(|key| announce_table(key, report)),
     }
 }
 
@@ -420,6 +421,23 @@ pub fn interface(written: &Spanned<String>, report: &mut Report) -> Option<Strin
         written.span(),
         format!("no interface can be named `{name}`"),
         format!("a name as `ip link` shows it, of at most {MAX_INTERFACE_NAME} bytes"),
+    );
+    None
+}
+
+/// A table of our own: what stands in the kernel's would be forwarded by.
+fn announce_table(written: &Spanned<i64>, report: &mut Report) -> Option<u32> {
+    let kind = match u32::try_from(*written.get_ref()) {
+        Ok(0) | Err(_) => "no routing table's number",
+        Ok(253) => "the kernel's table `default`",
+        Ok(254) => "the kernel's table `main`",
+        Ok(255) => "the kernel's table `local`",
+        Ok(table) => return Some(table),
+    };
+    report.error(
+        written.span(),
+        format!("`announce_table` is {}, {kind}", written.get_ref()),
+        format!("a table that no `ip rule` names: 1 to {}, but 253 to 255", u32::MAX),
     );
     None
 }

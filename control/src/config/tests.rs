@@ -169,6 +169,7 @@ fn a_backend_says_what_differs_from_its_service() {
 fn settings_are_read_from_their_keys() {
     let config = config(concat!(
         "[node]\nvtep6 = '2001:db8::1'\nworkers = 3\ncores = [1, 5, 4]\nanswer_arp = true\n",
+        "announce_table = 4294967295\n",
         "[dataplane]\nxdp_mode = 'generic'\ncopy_mode = 'zero-copy'\nidle = 'busy-poll'\n",
         "huge_pages = 'require'\nframe_size_bytes = 4096\nneed_wakeup = false\n",
         "busy_poll_us = 50\nbusy_poll_budget = 8\nprefer_busy_poll = false\n",
@@ -179,6 +180,7 @@ fn settings_are_read_from_their_keys() {
     assert_eq!(config.node.workers, Workers::Count(3));
     assert_eq!(config.node.cores, Cores::List(vec![1, 5, 4]));
     assert!(config.node.answer_arp);
+    assert_eq!(config.node.announce_table, Some(u32::MAX));
     assert_eq!(config.dataplane.xdp_mode, XdpMode::Generic);
     assert_eq!(config.dataplane.copy_mode, CopyMode::ZeroCopy);
     assert_eq!(config.dataplane.idle, Idle::BusyPoll);
@@ -253,6 +255,25 @@ fn what_is_not_our_toml_is_refused_at_its_place() {
     ];
     for (text, expected) in cases {
         assert_eq!(errors(text), [format!("w.toml:{expected}")], "{text}");
+    }
+}
+
+#[test]
+fn a_routing_table_that_the_kernel_forwards_by_is_refused() {
+    let cases = [
+        (0, "no routing table's number"),
+        (-1, "no routing table's number"),
+        (1_i64 << 32, "no routing table's number"),
+        (253, "the kernel's table `default`"),
+        (254, "the kernel's table `main`"),
+        (255, "the kernel's table `local`"),
+    ];
+    for (table, kind) in cases {
+        let expected = format!(
+            "w.toml:2:18: `announce_table` is {table}, {kind}: a table that no `ip rule` names: 1 to \
+             4294967295, but 253 to 255"
+        );
+        assert_eq!(errors(&format!("[node]\nannounce_table = {table}")), [expected]);
     }
 }
 
@@ -747,8 +768,9 @@ fn only_services_next_hops_and_arp_change_without_a_restart() {
     new.node.answer_arp = true;
     assert!(old.restart_needed(&new).is_empty());
     new.node.workers = Workers::Count(2);
+    new.node.announce_table = Some(100);
     new.limits.vips = 1;
-    assert_eq!(old.restart_needed(&new), ["node.workers", "limits.vips"]);
+    assert_eq!(old.restart_needed(&new), ["node.workers", "node.announce_table", "limits.vips"]);
 }
 
 /// The example with keys taken out of their comments.

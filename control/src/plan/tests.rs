@@ -94,6 +94,7 @@ impl World {
             vtep: self.config.node.vtep,
             vtep6: self.config.node.vtep6,
             answer_arp: self.config.node.answer_arp,
+            announce: self.config.node.announce_table.is_some(),
             offline: self.offline,
             time: self.time,
         }
@@ -286,6 +287,56 @@ fn a_reachable_backend_that_drains_is_no_reason_to_leave_out_the_others() {
 }
 
 #[test]
+fn a_vip_is_announced_while_a_backend_of_any_of_its_services_serves() {
+    let two =
+        TWO.replace("\"web\"", "\"dns\"").replace("[\"80/tcp\", \"443/udp\"]", "[\"53/udp\"]");
+    let text = |health| format!("[node]\nannounce_table = 100\n{TWO}{health}{two}");
+    let vip = || BTreeSet::from([IpAddr::from([203, 0, 113, 10])]);
+    for all_down in ["keep-last", "stop"] {
+        let health = format!("{HEALTH}all_down = \"{all_down}\"\n");
+        let mut world = World::new(&text(health), &["10.0.0.2", "10.0.0.3"]);
+        let mut planner = planner(16);
+        let mut announced =
+            |world: &World| planner.plan(&world.inputs(), Tick(0)).unwrap().announced;
+        assert_eq!(announced(&world), vip());
+        // The other service of this address has none.
+        for backend in &mut Arc::make_mut(&mut world.config.desired.services[1]).backends {
+            backend.weight = 0;
+        }
+        judge(&mut world, "web-1", down());
+        assert_eq!(announced(&world), vip());
+        judge(&mut world, "web-2", down());
+        assert_eq!(announced(&world), BTreeSet::new(), "all are down");
+        judge(&mut world, "web-1", Verdict::Up);
+        assert_eq!(announced(&world), vip());
+        world.lose("10.0.0.2");
+        assert_eq!(announced(&world), BTreeSet::new(), "the one that is up can't be reached");
+        Arc::make_mut(&mut world.config.desired.services[1]).backends[1].weight = 1;
+        assert_eq!(announced(&world), vip());
+        world.config.node.announce_table = None;
+        assert_eq!(announced(&world), BTreeSet::new(), "nothing is to be announced");
+    }
+}
+
+#[test]
+fn arp_is_answered_for_what_is_announced_and_for_all_if_nothing_is_to_be() {
+    let vip = (Address::v4([203, 0, 113, 10]), 0, 0);
+    for (announce_table, expected) in [(Some(100), false), (None, true)] {
+        let mut world = World::new(TWO, &["10.0.0.2", "10.0.0.3"]);
+        world.config.node.answer_arp = true;
+        world.config.node.announce_table = announce_table;
+        let mut planner = planner(16);
+        let mut answers =
+            |world: &World| planner.plan(&world.inputs(), Tick(0)).unwrap().steer[&vip];
+        assert!(answers(&world));
+        world.lose("10.0.0.2");
+        assert!(answers(&world), "another serves");
+        world.lose("10.0.0.3");
+        assert_eq!(answers(&world), expected);
+    }
+}
+
+#[test]
 fn what_is_steered_are_the_vips_and_their_addresses() {
     let mut world = World::new(TWO, &[]);
     let vip = Address::v4([203, 0, 113, 10]);
@@ -397,7 +448,8 @@ fn offline_a_backend_without_a_way_is_sent_to_zero_mac_addresses() {
 
 /// A plan in names: what slots there are depends on what was before.
 fn meant(plan: &Plan, world: &World) -> Vec<String> {
-    let mut all = vec![format!("{:?} {:?}", plan.steer, plan.forwarding.link(0))];
+    let Plan { forwarding, steer, announced, .. } = plan;
+    let mut all = vec![format!("{steer:?} {announced:?} {:?}", forwarding.link(0))];
     let desired = &world.config.desired;
     let names: HashMap<Slot, &str> = desired
         .backends()
@@ -523,7 +575,7 @@ proptest! {
         happenings in proptest::collection::vec(happening(), 1..60),
         limit in 6..24_usize,
     ) {
-        let mut world = World::new("", &[]);
+        let mut world = World::new("[node]\nannounce_table = 100\n", &[]);
         let (mut planner, mut now, mut last) = (planner(limit), 0, None);
         for happening in &happenings {
             let desired = world.config.desired.clone();

@@ -8,6 +8,7 @@ mod client;
 mod daemon;
 mod lab;
 
+mod announce;
 mod api;
 mod changes;
 mod cli;
