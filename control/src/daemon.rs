@@ -39,7 +39,7 @@ use crate::{
     api::{Api, ApiSocket, Changes, Refusal, SocketError, TcpDoor, TcpError},
     causes,
     config::{Config, Exceeded, LoadError, Warning},
-    desired::{Conflict, Desired, Service, join},
+    desired::{Conflict, Desired, Overlay, Service, join},
     health::{Checks, Home, Verdict, Verdicts},
     link::{self, LinkError},
     next_hop::{Hops, NextHopError, NextHops},
@@ -150,6 +150,7 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
     let wanted = Wanted {
         file: std::mem::take(&mut config.desired.services),
         api: services.values().cloned().collect(),
+        overlays: std::mem::take(&mut config.desired.overlays),
     };
     let mut daemon = Daemon::start(config, wanted).await?;
     let (shown, views) = watch::channel(daemon.view());
@@ -209,14 +210,20 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
 struct Wanted {
     file: Vec<Arc<Service>>,
     api: Vec<Arc<Service>>,
+    overlays: Vec<Overlay>,
 }
 
 impl Wanted {
-    /// Whether these are the very same services.
+    fn join(&self, vteps: &[IpAddr]) -> Result<Desired, Conflict> {
+        join(&[&self.file, &self.api], &self.overlays, vteps)
+    }
+
+    /// Whether these are the very same services, in the same overlays.
     fn is(&self, joined: &Desired) -> bool {
         let all = self.file.iter().chain(&self.api);
         self.file.len() + self.api.len() == joined.services.len()
             && all.zip(&joined.services).all(|(own, joined)| Arc::ptr_eq(own, joined))
+            && self.overlays == joined.overlays
     }
 }
 
@@ -256,7 +263,7 @@ struct Daemon {
 
 impl Daemon {
     async fn start(mut config: Config, wanted: Wanted) -> Result<Self, RunError> {
-        config.desired = join(&[&wanted.file, &wanted.api], &config.node.vteps())?;
+        config.desired = wanted.join(&config.node.vteps())?;
         config.limits.admit(&config.desired)?;
         let names = match &config.node.interfaces[..] {
             [] => vec![link::default_route_interface().await?],
@@ -345,7 +352,8 @@ impl Daemon {
         let mut next = self.config.clone();
         next.next_hops = config.next_hops;
         next.node.answer_arp = config.node.answer_arp;
-        let wanted = Wanted { file: config.desired.services, api: self.wanted.api.clone() };
+        let Desired { services: file, overlays } = config.desired;
+        let wanted = Wanted { file, overlays, api: self.wanted.api.clone() };
         match self.take_over(next, wanted, None).await {
             Ok(()) => {
                 self.refused = None;
@@ -357,7 +365,7 @@ impl Daemon {
 
     /// What the API wants, all of it, and joined with what the file wanted when it was judged.
     async fn want(&mut self, services: Vec<Arc<Service>>, joined: Desired) -> Result<(), Refusal> {
-        let wanted = Wanted { api: services, file: self.wanted.file.clone() };
+        let wanted = Wanted { api: services, ..self.wanted.clone() };
         self.take_over(self.config.clone(), wanted, Some(joined)).await.map_err(|refused| {
             let sentence = causes::line(causes::of(&refused));
             match changed_something(&refused) {
@@ -378,7 +386,7 @@ impl Daemon {
         // The file may have changed since.
         let joined = match joined.filter(|joined| wanted.is(joined)) {
             Some(joined) => Ok(joined),
-            None => join(&[&wanted.file, &wanted.api], &next.node.vteps()),
+            None => wanted.join(&next.node.vteps()),
         };
         let admitted = joined.map_err(RunError::from).and_then(|desired| {
             self.config.limits.admit(&desired)?;

@@ -25,7 +25,7 @@ use dataplane::{
 use self::slots::{Full, Slots};
 use crate::{
     config::NextHop,
-    desired::{Backend, Desired, Drain, Scheduler, Service, ServicePort},
+    desired::{Backend, Desired, Drain, Mode, PortMapping, Scheduler, Service},
     health::{AllDown, OnDown, Verdict, Verdicts},
     link::LinkIndex,
     next_hop::HopState,
@@ -138,6 +138,9 @@ pub enum PlanError {
         /// The limit.
         limit: usize,
     },
+    /// Nothing forwards it yet.
+    #[error("the service {0} has mode nat, which this build does not forward yet")]
+    Nat(String),
     /// Two services claim one VIP.
     #[error(transparent)]
     Forwarding(#[from] ForwardingError),
@@ -368,6 +371,9 @@ impl Planner {
         service: &Arc<Service>,
         before: Option<&Planned>,
     ) -> Result<Planned, PlanError> {
+        if service.mode == Mode::Nat {
+            return Err(PlanError::Nat(service.name.clone()));
+        }
         let slots: HashMap<&str, Slot> = before.into_iter().flat_map(Planned::slots).collect();
         let mut backends = Vec::with_capacity(service.backends.len());
         let mut placements = Vec::with_capacity(service.backends.len());
@@ -465,7 +471,11 @@ impl Planner {
         };
         let same_vips = services.len() == self.planned.len() && services.iter().all(steers_like);
         let announced = match inputs.announce {
-            true => services.iter().filter(|p| p.serves).map(|p| p.service.vip).collect(),
+            true => services
+                .iter()
+                .filter(|p| p.serves)
+                .filter_map(|p| p.service.vip.address())
+                .collect(),
             false => BTreeSet::new(),
         };
         if !(still && same_vips && announced == self.announced) {
@@ -552,10 +562,11 @@ fn link(interface: &Interface) -> Link {
 }
 
 fn vips(service: &Service) -> Vec<Vip> {
-    let vip = |port: &ServicePort| Vip {
-        address: service.vip.into(),
-        protocol: port.protocol.number(),
-        port: port.port,
+    let Some(address) = service.vip.address() else { return Vec::new() };
+    let vip = |port: &PortMapping| Vip {
+        address: address.into(),
+        protocol: port.published.protocol.number(),
+        port: port.published.port,
     };
     service.ports.iter().map(vip).collect()
 }
@@ -566,12 +577,13 @@ fn steer(inputs: &Inputs<'_>, announced: &BTreeSet<IpAddr>) -> BTreeMap<SteerKey
         for vip in vips(service) {
             keys.insert((vip.address, vip.protocol, vip.port), false);
         }
+        let Some(vip) = service.vip.address() else { continue };
         // An address that the node itself has keeps its pings, fragments and ARP.
-        let own = inputs.interfaces.iter().any(|i| i.addresses.contains(&service.vip));
+        let own = inputs.interfaces.iter().any(|i| i.addresses.contains(&vip));
         if !own {
             // To answer is to announce, on the network next to us.
-            let here = !inputs.announce || announced.contains(&service.vip);
-            keys.insert((service.vip.into(), 0, 0), inputs.answer_arp && here);
+            let here = !inputs.announce || announced.contains(&vip);
+            keys.insert((vip.into(), 0, 0), inputs.answer_arp && here);
         }
     }
     keys
