@@ -54,8 +54,10 @@ pub struct Tunnel {
     pub udp_port: u16,
     /// The VXLAN network identifier, 24 bits.
     pub vni: u32,
-    /// The backend's vxlan device.
+    /// The backend's vxlan device, or the task.
     pub inner_dst_mac: MacAddr,
+    /// Who the inner frame says it is from.
+    pub inner_src_mac: MacAddr,
     /// Whether packets inside are IPv6.
     pub inner_v6: bool,
     /// Whether the outer UDP checksum is computed or zero.
@@ -162,7 +164,7 @@ impl Template {
         header.extend_from_slice(vxlan::Header::new(tunnel.vni).as_bytes());
         let inner = ethernet::Header {
             dst: tunnel.inner_dst_mac,
-            src: tunnel.src_mac,
+            src: tunnel.inner_src_mac,
             ethertype: if tunnel.inner_v6 { ethernet::IPV6 } else { ethernet::IPV4 }.into(),
         };
         header.extend_from_slice(inner.as_bytes());
