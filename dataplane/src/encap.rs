@@ -10,7 +10,7 @@ use zerocopy::IntoBytes;
 
 use crate::{
     counters::DropReason,
-    flow::{Flow, protocol},
+    flow::{Address, Flow, protocol},
     port::Frame,
     prefetch::prefetch,
     wire::{
@@ -181,6 +181,18 @@ impl Template {
             ip_sum,
             udp_sum,
         })
+    }
+
+    /// Where the tunnel ends.
+    #[inline]
+    pub fn far_end(&self) -> Address {
+        let dst = usize::from(self.ip_offset) + if self.v6 { 24 } else { 16 };
+        let dst = &self.bytes[dst..];
+        match self.v6 {
+            true => dst.first_chunk().copied().map(Address::v6),
+            false => dst.first_chunk().copied().map(Address::v4),
+        }
+        .unwrap_or_default()
     }
 
     /// Bytes that the tunnel adds to an inner IP packet, below the egress link's own header: what its MTU

@@ -288,6 +288,12 @@ impl Forwarding {
         &self.overlays
     }
 
+    /// Whether tunnels of ours end at this UDP port.
+    #[inline]
+    pub fn is_tunnel_port(&self, port: u16) -> bool {
+        self.overlays.iter().any(|overlay| overlay.udp_port == port)
+    }
+
     /// What packets to the backend in this slot are translated to.
     #[inline]
     pub fn task(&self, slot: Slot) -> Option<Address> {

@@ -317,6 +317,7 @@ impl Rig {
             hash_key: hash_key(),
             icmp_errors_per_s: equipment.icmp_errors_per_s,
             id: 0,
+            nat: None,
         });
         worker.prepare();
         let mut rig = Self {
