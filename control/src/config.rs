@@ -19,7 +19,8 @@ use std::{
 };
 
 use dataplane::{
-    connections::{self, AllocationError, Timeouts},
+    connections::{self, Timeouts},
+    memory::AllocationError,
     wire::ethernet::MacAddr,
 };
 use serde::Deserialize;

@@ -748,7 +748,10 @@ fn vteps(config: &Config) -> BTreeSet<IpAddr> {
 }
 
 fn steer_key((address, protocol, port): SteerKey) -> steer::Key {
-    steer::Key { address, protocol, port }
+    match (protocol, port) {
+        (0, 0) => steer::Key::Address(address),
+        _ => steer::Key::Port { address, protocol, port },
+    }
 }
 
 fn log_warnings(warnings: &[Warning]) {

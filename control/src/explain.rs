@@ -8,10 +8,11 @@ use std::{
 };
 
 use dataplane::{
-    connections::{AllocationError, Connections, Timeouts, Verdict},
+    connections::{Connections, Timeouts, Verdict},
     counters::{Counters, DropReason},
     flow::{Flow, FlowKey, HashKey, Kind, protocol, tcp_flags},
     forwarding::{Forwarding, Slot},
+    memory::AllocationError,
     schedule::{self, Scheduler},
     select::{self, Context},
     time::Tick,

@@ -453,11 +453,14 @@ impl Planner {
             vips: planned.vips.clone(),
             maglev: planned.maglev.clone(),
             schedule: planned.schedule.clone(),
+            nat: None,
         };
         let common = Common {
             links: inputs.interfaces.iter().map(link).collect(),
             answer_arp: inputs.answer_arp,
             maglev_key: self.settings.maglev_key,
+            overlays: Vec::new(),
+            tasks: Vec::new(),
         };
         Forwarding::new(common, services.iter().map(service).collect(), backends)
     }
@@ -683,6 +686,7 @@ fn render(
         udp_port: backend.port,
         vni: backend.vni.get(),
         inner_dst_mac: backend.mac,
+        inner_src_mac: way.src_mac,
         inner_v6: service.vip.is_ipv6(),
         udp_checksum: backend.udp_checksum.unwrap_or(v6),
     };
