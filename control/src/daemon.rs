@@ -9,7 +9,7 @@ mod report;
 mod steering;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap},
     io,
     net::IpAddr,
     path::Path,
@@ -21,9 +21,10 @@ use dataplane::{
     flow::HashKey,
     forwarding::Forwarding,
     maglev::Size,
+    memory::AllocationError,
+    nat,
     port::xsk::{self, XskError},
     publish::{Generation, Publisher},
-    steer,
     time::Tick,
 };
 use foldhash::HashSet;
@@ -43,7 +44,7 @@ use crate::{
     health::{Checks, Home, Verdict, Verdicts},
     link::{self, LinkError},
     next_hop::{Hops, NextHopError, NextHops},
-    plan::{Inputs, Interface, Placement, Plan, PlanError, Planner, Settings, SteerKey, health_of},
+    plan::{Inputs, Interface, Placement, Plan, PlanError, Planner, Settings, Steering, health_of},
     source::{
         api::{Store, StoreError},
         file::{Cause, FileSource, FileSourceError},
@@ -93,6 +94,9 @@ pub enum RunError {
     /// The next hops.
     #[error(transparent)]
     NextHop(#[from] NextHopError),
+    /// Memory for translated connections.
+    #[error("no memory for nat.addresses")]
+    Nat(#[from] AllocationError),
     /// Sockets, steering, threads.
     #[error(transparent)]
     Start(#[from] StartError),
@@ -233,6 +237,10 @@ struct Daemon {
     config: Config,
     wanted: Wanted,
     interfaces: Vec<Interface>,
+    /// This node's, on all its interfaces.
+    addresses: Vec<IpAddr>,
+    /// Connections of mode `nat`.
+    nat: Arc<nat::Slots>,
     next_hops: NextHops,
     /// Whose ways are followed.
     vteps: BTreeSet<IpAddr>,
@@ -251,7 +259,7 @@ struct Daemon {
     drained_at: Option<SystemTime>,
     steered: Steered,
     /// What was last wanted to be steered, if it is in full.
-    in_step: Option<Arc<BTreeMap<SteerKey, bool>>>,
+    in_step: Option<Arc<Steering>>,
     /// `None` if nothing is to be announced.
     announcing: Option<Announcing>,
     refused: Option<String>,
@@ -264,7 +272,8 @@ struct Daemon {
 impl Daemon {
     async fn start(mut config: Config, wanted: Wanted) -> Result<Self, RunError> {
         config.desired = wanted.join(&config.node.vteps())?;
-        config.limits.admit(&config.desired)?;
+        let addresses = link::own_addresses().await?;
+        config.limits.admit(&config.desired, &addresses)?;
         let names = match &config.node.interfaces[..] {
             [] => vec![link::default_route_interface().await?],
             names => names.to_vec(),
@@ -280,7 +289,9 @@ impl Daemon {
         let hops = next_hops.subscribe().borrow().clone();
         let mut planner = planner(&config);
         let verdicts = Verdicts::default();
-        let plan = planner.plan(&inputs(&config, &hops, &verdicts, &interfaces), Tick(0))?;
+        let nat = Arc::new(config.nat.slots()?);
+        let inputs = inputs(&config, (&hops, &verdicts), (&interfaces, &addresses), &nat);
+        let plan = planner.plan(&inputs, Tick(0))?;
         let announcing = config.node.announce_table.map(Announcing::new).transpose();
         let announcing = announcing.map_err(LinkError::Socket)?;
         let mut publisher = Publisher::new(Arc::new(plan.forwarding));
@@ -292,7 +303,7 @@ impl Daemon {
                 count: link.rx_queues as usize,
             })
             .collect();
-        let fleet = Fleet::start(&config, &queues, &mut publisher)?;
+        let fleet = Fleet::start(&config, &queues, &mut publisher, &nat)?;
         fleet.leave_cores_to_workers();
         // Where we are now, off the workers' cores.
         let limit = config.limits.health_checks as usize;
@@ -303,6 +314,8 @@ impl Daemon {
             config,
             wanted,
             interfaces,
+            addresses,
+            nat,
             next_hops,
             vteps,
             hops,
@@ -389,7 +402,7 @@ impl Daemon {
             None => wanted.join(&next.node.vteps()),
         };
         let admitted = joined.map_err(RunError::from).and_then(|desired| {
-            self.config.limits.admit(&desired)?;
+            self.config.limits.admit(&desired, &self.addresses)?;
             next.desired = desired;
             Ok(())
         });
@@ -475,7 +488,7 @@ impl Daemon {
             return;
         }
         // Nothing that workers have to know.
-        let inputs = inputs(&self.config, &self.hops, &self.verdicts, &self.interfaces);
+        let inputs = self.inputs(&self.hops);
         let placed = self.placed.backends().zip(self.backends.iter());
         let rejudge = |((service, backend), placement): ((&Service, _), &Placement)| Placement {
             health: health_of(&inputs, service, backend),
@@ -512,8 +525,12 @@ impl Daemon {
     /// If one is gone for good.
     async fn relink(&mut self) -> Result<(), RunError> {
         let names: Vec<&str> = self.interfaces.iter().map(|i| i.name.as_str()).collect();
-        let links = match time::timeout(LINK_TIMEOUT, link::links(&names)).await {
-            Ok(Ok(links)) => links,
+        let looked = async {
+            let links = link::links(&names).await?;
+            Ok((links, link::own_addresses().await?))
+        };
+        let (links, addresses) = match time::timeout(LINK_TIMEOUT, looked).await {
+            Ok(Ok(looked)) => looked,
             Ok(Err(LinkError::Missing { name, .. })) => {
                 let since = *self.missing.get_or_insert_with(Instant::now);
                 return match since.elapsed() {
@@ -536,11 +553,12 @@ impl Daemon {
             return Err(RunError::LinkReplaced(name.to_owned()));
         }
         self.requeue(links.iter().map(|link| link.rx_queues).collect());
-        if interfaces == self.interfaces {
+        if (&interfaces, &addresses) == (&self.interfaces, &self.addresses) {
             return Ok(());
         }
         info!("an interface's address or MTU has changed");
         let before = std::mem::replace(&mut self.interfaces, interfaces);
+        let addresses_before = std::mem::replace(&mut self.addresses, addresses);
         if before.iter().map(|i| i.mtu).ne(self.interfaces.iter().map(|i| i.mtu)) {
             warn_too_large(&self.interfaces, self.config.dataplane.frame_size_bytes);
         }
@@ -553,7 +571,7 @@ impl Daemon {
         if let Err(refused) = followed {
             log_refused("the change", &refused);
             if !changed_something(&refused) {
-                self.interfaces = before;
+                (self.interfaces, self.addresses) = (before, addresses_before);
             }
         }
         Ok(())
@@ -585,9 +603,12 @@ impl Daemon {
     /// Plans anew and brings workers, XDP and routers in step: what is announced is always a part of what
     /// is steered, and that of what workers know.
     async fn replan(&mut self, hops: Hops) -> Result<(), RunError> {
-        let inputs = inputs(&self.config, &hops, &self.verdicts, &self.interfaces);
+        let now = self.fleet.now();
+        // Not by a method: the planner is borrowed mutably beside.
+        let (told, own) = ((&hops, &self.verdicts), (&self.interfaces[..], &self.addresses[..]));
+        let inputs = inputs(&self.config, told, own, &self.nat);
         let Plan { forwarding, steer, announced, backends, drained_at } =
-            self.planner.plan(&inputs, self.fleet.now())?;
+            self.planner.plan(&inputs, now)?;
         self.announce_less(&announced).await;
         let before = self.in_step.take();
         let in_step = before.is_some_and(|before| Arc::ptr_eq(&before, &steer));
@@ -609,6 +630,12 @@ impl Daemon {
         Ok(())
     }
 
+    /// What a plan is made from.
+    fn inputs<'a>(&'a self, hops: &'a Hops) -> Inputs<'a> {
+        let own = (&self.interfaces[..], &self.addresses[..]);
+        inputs(&self.config, (hops, &self.verdicts), own, &self.nat)
+    }
+
     /// Before anything is taken away, what depends on it is announced no more.
     async fn announce_less(&mut self, wanted: &BTreeSet<IpAddr>) {
         if let Some(announcing) = &mut self.announcing {
@@ -624,12 +651,11 @@ impl Daemon {
     }
 
     /// Steers no more what is not in `wanted`, and lets the workers finish what they have of it.
-    async fn steer_less(&mut self, wanted: &BTreeMap<SteerKey, bool>) -> Result<(), NotSteered> {
+    async fn steer_less(&mut self, wanted: &Steering) -> Result<(), NotSteered> {
         let gone = {
             let mut steers = self.fleet.steers();
-            self.steered.less(wanted, |key| {
-                steers.iter_mut().try_for_each(|steer| steer.remove_vip(steer_key(key)))
-            })?
+            self.steered
+                .less(wanted, |key| steers.iter_mut().try_for_each(|steer| steer.remove_vip(key)))?
         };
         if !gone {
             return Ok(());
@@ -651,12 +677,9 @@ impl Daemon {
     }
 
     /// Steers all of `wanted`.
-    fn steer_more(&mut self, wanted: &BTreeMap<SteerKey, bool>) -> Result<(), NotSteered> {
+    fn steer_more(&mut self, wanted: &Steering) -> Result<(), NotSteered> {
         let mut steers = self.fleet.steers();
-        let add = |key, answer_arp| {
-            let flags = if answer_arp { steer::ANSWER_ARP } else { 0 };
-            steers.iter_mut().try_for_each(|steer| steer.add_vip(steer_key(key), flags))
-        };
+        let add = |key, flags| steers.iter_mut().try_for_each(|steer| steer.add_vip(key, flags));
         Ok(self.steered.more(wanted, add)?)
     }
 
@@ -709,9 +732,9 @@ fn interface(link: &link::Link) -> Interface {
 
 fn inputs<'a>(
     config: &'a Config,
-    hops: &'a Hops,
-    health: &'a Verdicts,
-    interfaces: &'a [Interface],
+    (hops, health): (&'a Hops, &'a Verdicts),
+    (interfaces, addresses): (&'a [Interface], &'a [IpAddr]),
+    nat: &'a nat::Slots,
 ) -> Inputs<'a> {
     Inputs {
         desired: &config.desired,
@@ -719,6 +742,8 @@ fn inputs<'a>(
         health,
         next_hops: &config.next_hops,
         interfaces,
+        addresses,
+        nat: Some(nat),
         vtep: config.node.vtep,
         vtep6: config.node.vtep6,
         answer_arp: config.node.answer_arp,
@@ -745,13 +770,6 @@ fn vteps(config: &Config) -> BTreeSet<IpAddr> {
     // Many share one: a hash is cheaper than a comparison for each.
     let all: HashSet<IpAddr> = config.desired.backends().map(|(_, b)| b.vtep).collect();
     all.into_iter().filter(|vtep| !said.contains(vtep)).collect()
-}
-
-fn steer_key((address, protocol, port): SteerKey) -> steer::Key {
-    match (protocol, port) {
-        (0, 0) => steer::Key::Address(address),
-        _ => steer::Key::Port { address, protocol, port },
-    }
 }
 
 fn log_warnings(warnings: &[Warning]) {

@@ -181,7 +181,7 @@ pub fn explain(
     vip: SocketAddr,
 ) -> Result<Explanation, ExplainError> {
     let flow = first_packet(protocol, client, vip)?;
-    let Offline { forwarding, backends, .. } = Offline::new(config)?;
+    let Offline { forwarding, backends, .. } = Offline::new(config, None)?;
     explained(&flow, protocol, vip, (&config.desired, &backends, &forwarding), None)
 }
 

@@ -34,6 +34,8 @@ pub struct View {
     pub placements: Arc<[Placement]>,
     /// This node's own ends of tunnels, as far as they are configured.
     pub vteps: Vec<IpAddr>,
+    /// This node's addresses: those of `vip = "node"`.
+    pub addresses: Vec<IpAddr>,
     /// What the workers forward by.
     pub forwarding: Arc<Forwarding>,
     /// Why the last change of the configuration was refused, if it was.

@@ -22,6 +22,7 @@ use dataplane::{
     flow::HashKey,
     forwarding::Forwarding,
     memory::AllocationError,
+    nat,
     port::{
         BURST,
         xsk::{self, Bell, BindReport, Ear, Rest, Statistics, XskError, XskPort},
@@ -35,6 +36,9 @@ use dataplane::{
 
 use self::watchdog::{TICK_MS, Watchdog, Watched};
 use crate::config::{self, Config, Cores, Idle, MIN_HANG_TIMEOUT_MS, Workers};
+
+/// Room for this node's addresses as ends of tunnels, and for its mesh addresses.
+const TUNNEL_ENDS: u32 = 1024;
 
 /// A worker that only sleeps, and is looked at only so often, must not seem to hang.
 const _: () = assert!(MIN_HANG_TIMEOUT_MS >= 2 * xsk::SLEEP_MS as u32 + TICK_MS);
@@ -216,6 +220,7 @@ impl Fleet {
         config: &Config,
         queues: &[Queues],
         publisher: &mut Publisher<Forwarding>,
+        nat: &Arc<nat::Slots>,
     ) -> Result<Self, StartError> {
         let cores = cores(&config.node.cores)?;
         let count = share_out(queues, config.node.workers, cores.len())?;
@@ -225,7 +230,7 @@ impl Fleet {
             config::XdpMode::Generic => steer::Mode::Generic,
         };
         // Twice the VIPs, for each may need an entry for its address.
-        let capacity = config.limits.vips.saturating_mul(2);
+        let capacity = config.limits.vips.saturating_mul(2).saturating_add(TUNNEL_ENDS);
         let mut steers = Vec::with_capacity(queues.len());
         for queues in queues {
             let mut steer = Steer::attach(&queues.interface, mode, capacity).map_err(NotSteered)?;
@@ -268,7 +273,7 @@ impl Fleet {
                 hash_key,
                 icmp_errors_per_s: config.dataplane.icmp_errors_per_s,
                 id,
-                nat: None,
+                nat: Some(nat.clone()),
             });
             let stop = fleet.stop.clone();
             let spin = match config.dataplane.idle {

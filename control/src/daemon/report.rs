@@ -45,6 +45,7 @@ impl Daemon {
             desired: self.placed.clone(),
             placements: self.backends.clone(),
             vteps: self.config.node.vteps(),
+            addresses: self.addresses.clone(),
             forwarding: self.publisher.current().clone(),
             refused: self.refused.clone(),
             link_missing: self.missing.is_some(),
