@@ -1074,6 +1074,18 @@ fn keys_of(header: &str) -> BTreeSet<String> {
 }
 
 #[test]
+fn a_service_on_the_node_counts_on_each_of_its_addresses() {
+    let limits = Limits { vips: 8, ..Limits::default() };
+    let own = ["10.0.0.1", "10.0.0.2", "fd00::1"].map(|address| address.parse().unwrap());
+    let desired = config(NAT).desired;
+    assert_eq!(desired.services[0].ports.len(), 4);
+    limits.admit(&desired, &own).unwrap();
+    let more = [&own[..], &["10.0.0.3".parse().unwrap()]].concat();
+    let refused = limits.admit(&desired, &more).unwrap_err().to_string();
+    assert!(refused.contains("there are 12 ports"), "{refused}");
+}
+
+#[test]
 fn the_limits_of_the_start_hold_for_what_comes_later() {
     let service = |ports: &str| {
         let text = format!(
