@@ -43,6 +43,7 @@ use crate::{
     desired::{Conflict, Desired, Overlay, Service, join},
     health::{Checks, Home, Verdict, Verdicts},
     link::{self, LinkError},
+    mesh::Teacher,
     next_hop::{Hops, NextHopError, NextHops},
     plan::{Inputs, Interface, Placement, Plan, PlanError, Planner, Settings, Steering, health_of},
     source::{
@@ -246,6 +247,7 @@ struct Daemon {
     vteps: BTreeSet<IpAddr>,
     hops: Hops,
     checks: Checks,
+    teacher: Teacher,
     verdicts: Verdicts,
     planner: Planner,
     /// Must outlive the workers, so that they free no snapshot.
@@ -308,6 +310,7 @@ impl Daemon {
         // Where we are now, off the workers' cores.
         let limit = config.limits.health_checks as usize;
         let checks = Checks::start(limit).map_err(RunError::Health)?;
+        let teacher = Teacher::start(config.node.vteps());
         let generation = publisher.generation();
         let mut daemon = Self {
             placed: config.desired.clone(),
@@ -320,6 +323,7 @@ impl Daemon {
             vteps,
             hops,
             checks,
+            teacher,
             verdicts,
             planner,
             fleet,
@@ -340,6 +344,7 @@ impl Daemon {
         // Published before steered: XDP never hands over what no worker knows.
         daemon.steer_more(&plan.steer)?;
         daemon.check();
+        daemon.teach();
         daemon.announce(plan.announced).await;
         info!(node = daemon.config.node.name, vips = daemon.steered.len(), "ready");
         Ok(daemon)
@@ -415,6 +420,7 @@ impl Daemon {
         if outcome.is_ok() {
             (self.wanted, self.vteps) = (wanted, vteps);
             self.check();
+            self.teach();
         }
         // Nobody else's ways are followed any more, or still.
         self.next_hops.want(&self.vteps);
@@ -467,6 +473,11 @@ impl Daemon {
             addresses: self.interfaces.iter().flat_map(|i| i.addresses.iter().copied()).collect(),
         };
         self.checks.want(&self.config.desired, home);
+    }
+
+    /// Teaches backends where this node's mesh addresses live. Once XDP steers what they send there.
+    fn teach(&self) {
+        self.teacher.want(&self.config.desired, &self.addresses);
     }
 
     /// What is thought of backends has changed.
@@ -564,6 +575,7 @@ impl Daemon {
         }
         let hops = self.hops.clone();
         self.check();
+        self.teach();
         let followed = match self.follow_macs() {
             Ok(()) => self.replan(hops).await,
             Err(refused) => Err(refused),

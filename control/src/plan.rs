@@ -719,7 +719,7 @@ fn steer(inputs: &Inputs<'_>, services: &[Arc<Planned>], announced: &BTreeSet<Ip
         }
         for address in &overlay.addresses {
             let (vni, address) = (overlay.vni.get(), (*address).into());
-            keys.insert(steer::Key::Mesh { vni, address }, 0);
+            keys.insert(steer::Key::Mesh { vni, address }, steer::ANSWER_ARP);
         }
     }
     keys

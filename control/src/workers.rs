@@ -183,6 +183,8 @@ pub struct Fleet {
     /// Their threads, each with the word that it hangs.
     threads: Vec<(Arc<AtomicBool>, thread::JoinHandle<()>)>,
     bells: Vec<Bell>,
+    /// Connections of mode `nat`, of all of them.
+    pub nat: Arc<nat::Slots>,
     /// What the connection tables are hashed with.
     pub hash_key: HashKey,
     /// The XDP program of each interface, shared with the watchdog.
@@ -249,6 +251,7 @@ impl Fleet {
             workers: Arc::default(),
             threads: Vec::new(),
             bells: Vec::new(),
+            nat: nat.clone(),
             hash_key,
             steers: Arc::new(Mutex::new(steers)),
             watchdog: None,
