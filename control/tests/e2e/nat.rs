@@ -27,6 +27,8 @@ struct Mesh {
     lab: Lab,
     /// The config as the lab has written it.
     plain: String,
+    /// What backends' tunnels end at, but for the last digit.
+    vteps: &'static str,
     _echoes: Vec<Background>,
 }
 
@@ -34,9 +36,11 @@ impl Mesh {
     fn up(options: &[&str], backends: &[&str]) -> Self {
         let lab = Lab::up(options);
         lab.succeed("router", &["ip", "route", "add", VIP.address, "via", NODE.address]);
-        let echoes = backends.iter().map(|backend| join(&lab, backend)).collect();
+        let v6 = options.windows(2).any(|two| two == ["--underlay", "6"]);
+        let vteps = if v6 { "2001:db8:77::10" } else { "10.77.0.10" };
+        let echoes = backends.iter().map(|backend| join(&lab, backend, vteps)).collect();
         let plain = fs::read_to_string(lab.file("n1.toml")).unwrap();
-        let mesh = Self { lab, plain, _echoes: echoes };
+        let mesh = Self { lab, plain, vteps, _echoes: echoes };
         mesh.serve_by(backends, "");
         mesh
     }
@@ -51,8 +55,9 @@ impl Mesh {
         let backend = |name: &&str| {
             let number = &name[1..];
             format!(
-                "[[service.backend]]\nname = \"{name}\"\nvtep = \"10.77.0.10{number}\"\n\
-                 address = \"10.99.1.{number}\"\n"
+                "[[service.backend]]\nname = \"{name}\"\nvtep = \"{}{number}\"\n\
+                 address = \"10.99.1.{number}\"\n",
+                self.vteps
             )
         };
         let backends: String = backends.iter().map(backend).collect();
@@ -81,9 +86,9 @@ impl Mesh {
 }
 
 /// Gives a backend a stock vxlan device with an address, and an echo server there.
-fn join(lab: &Lab, backend: &str) -> Background {
+fn join(lab: &Lab, backend: &str, vteps: &str) -> Background {
     let number = &backend[1..];
-    let (local, address) = (format!("10.77.0.10{number}"), format!("10.99.1.{number}"));
+    let (local, address) = (format!("{vteps}{number}"), format!("10.99.1.{number}"));
     let mac = format!("02:42:0a:63:01:0{number}");
     let words = format!(
         "ip link add vx200 address {mac} type vxlan id 200 local {local} dstport 4789 dev eth0"
@@ -141,6 +146,17 @@ fn ten_megabytes_are_translated_intact_both_ways_through_a_narrow_tunnel() {
         for vip in [VIP, NODE] {
             exchange_ten_megabytes(&mesh.lab, vip, &["b1", "b2"]);
         }
+    }
+}
+
+#[test]
+fn an_ipv6_underlay_carries_what_is_translated() {
+    let mesh = Mesh::up(&[&ONE_ARMED[..], &["--underlay", "6"]].concat(), &["b1", "b2"]);
+    let _daemon = Daemon::start(&mesh.lab, "n1");
+    for vip in [VIP, NODE] {
+        assert_eq!(get(&mesh.lab, vip).client, MESH);
+        assert_eq!(send_datagrams(&mesh.lab, vip, 20, 512).lost, 0);
+        exchange_ten_megabytes(&mesh.lab, vip, &["b1", "b2"]);
     }
 }
 
@@ -354,6 +370,13 @@ fn a_service_of_the_apis_is_translated_in_the_words_of_docker() {
     assert_eq!(get(&mesh.lab, vip).client, MESH);
     let shown = daemon.wiremesh("service inspect api");
     assert!(shown.contains("ports = [\"9200:80/tcp\"]"), "{shown}");
+    // The file can't take the overlay away from it.
+    fs::write(mesh.lab.file("n1.toml"), &mesh.plain).unwrap();
+    wait_until("the file is refused", 10, || {
+        let refused = daemon.status()["refused"].as_str().unwrap_or_default().to_owned();
+        refused.contains("the api's `api` can't be reached by nat")
+    });
+    assert_eq!(get(&mesh.lab, vip).client, MESH);
     // In an overlay that the node is not in it can't be.
     let socket = mesh.lab.file("n1.sock");
     let output = bounded(crate::daemon::WIREMESH)
