@@ -33,7 +33,7 @@ pub const BANK: usize = 1 << PORT_BITS;
 /// The most banks that an index entry can name.
 pub const MAX_BANKS: usize = 16;
 /// Copies that can be kept of which slots are in use: one for each interface.
-const MAX_MIRRORS: usize = 16;
+const MAX_MIRRORS: usize = 64;
 /// Bits in a word of `taken`.
 const WORD: usize = 64;
 /// Words of `taken` for a bank.
