@@ -71,6 +71,8 @@ pub struct Node {
     pub answer_arp: bool,
     /// The kernel's routing table that has a route for each VIP to announce. `None`: nothing is announced.
     pub announce_table: Option<u32>,
+    /// Whether there is a link for this node's own clients and tasks.
+    pub local_link: LocalLink,
 }
 
 /// `[api]`
@@ -225,6 +227,18 @@ pub enum HugePages {
     Require,
 }
 
+/// Whether there is a link of our own for this node's clients and tasks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LocalLink {
+    /// If there is anything that needs it when the process starts.
+    Auto,
+    /// No.
+    Never,
+    /// Yes.
+    Always,
+}
+
 /// `[connections]`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Connections {
@@ -286,6 +300,7 @@ impl Default for Node {
             cores: Cores::Auto,
             answer_arp: false,
             announce_table: None,
+            local_link: LocalLink::Auto,
         }
     }
 }
@@ -472,7 +487,7 @@ impl Config {
         }
         differing! {
             node: Node {
-                name, interfaces, vtep, vtep6, workers, cores, announce_table; answer_arp
+                name, interfaces, vtep, vtep6, workers, cores, announce_table, local_link; answer_arp
             }
             api: Api { socket, socket_mode, listen, tls, state_directory, metrics_limit }
             dataplane: Dataplane {

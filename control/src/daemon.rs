@@ -38,17 +38,20 @@ use self::{announcing::Announcing, report::warn_too_large, steering::Steered};
 use crate::{
     api::{Api, ApiSocket, Changes, Refusal, SocketError, TcpDoor, TcpError},
     causes,
-    config::{Config, Exceeded, LoadError, Warning},
+    config::{self, Config, Exceeded, LoadError, Warning},
     desired::{Conflict, Desired, Service, join},
     health::{Checks, Home, Verdict, Verdicts},
     link::{self, LinkError},
+    local::{LocalLink, LocalLinkError},
     next_hop::{Hops, NextHopError, NextHops},
-    plan::{Inputs, Interface, Placement, Plan, PlanError, Planner, Settings, SteerKey, health_of},
+    plan::{
+        Inputs, Interface, Placement, Plan, PlanError, Planner, Settings, SteerKey, health_of, home,
+    },
     source::{
         api::{Store, StoreError},
         file::{Cause, FileSource, FileSourceError},
     },
-    workers::{Fleet, NotSteered, Queues, StartError},
+    workers::{Fleet, NotSteered, Queues, StartError, worker_count},
 };
 
 /// How long the first snapshot waits for next hops: the kernel gives a silent neighbour up after 3 s.
@@ -93,6 +96,9 @@ pub enum RunError {
     /// The next hops.
     #[error(transparent)]
     NextHop(#[from] NextHopError),
+    /// The link of our own.
+    #[error(transparent)]
+    LocalLink(#[from] LocalLinkError),
     /// Sockets, steering, threads.
     #[error(transparent)]
     Start(#[from] StartError),
@@ -235,6 +241,8 @@ struct Daemon {
     planner: Planner,
     /// Must outlive the workers, so that they free no snapshot.
     fleet: Fleet,
+    /// `None` if this node's own clients and tasks have none. Must outlive the workers, who have sockets there.
+    local_link: Option<LocalLink>,
     publisher: Publisher<Forwarding>,
     generation: Generation,
     backends: Arc<[Placement]>,
@@ -263,9 +271,12 @@ impl Daemon {
             names => names.to_vec(),
         };
         let links = link::links(&names).await?;
-        let interfaces: Vec<Interface> = links.iter().map(interface).collect();
+        let mut queues: Vec<Queues> = links.iter().map(queues).collect();
+        let local_link = local_link(&config, &queues).await?;
+        queues.extend(local_link.as_ref().map(LocalLink::queues));
+        let interfaces = interfaces(&links, local_link.as_ref());
         let next_hops = NextHops::start(links.iter().map(|link| link.device.index).collect())?;
-        let vteps = vteps(&config);
+        let vteps = vteps(&config, &interfaces);
         next_hops.want(&vteps);
         if !next_hops.settled(RESOLVE_TIMEOUT).await {
             warn!("some next hops are still being resolved; starting without them");
@@ -277,14 +288,6 @@ impl Daemon {
         let announcing = config.node.announce_table.map(Announcing::new).transpose();
         let announcing = announcing.map_err(LinkError::Socket)?;
         let mut publisher = Publisher::new(Arc::new(plan.forwarding));
-        let queues: Vec<Queues> = links
-            .iter()
-            .map(|link| Queues {
-                interface: link.device.name.clone(),
-                mac: link.device.mac,
-                count: link.rx_queues as usize,
-            })
-            .collect();
         let fleet = Fleet::start(&config, &queues, &mut publisher)?;
         fleet.leave_cores_to_workers();
         // Where we are now, off the workers' cores.
@@ -303,6 +306,7 @@ impl Daemon {
             verdicts,
             planner,
             fleet,
+            local_link,
             publisher,
             generation,
             backends: plan.backends.into(),
@@ -389,7 +393,7 @@ impl Daemon {
             error!("change refused, the running state stays: {refused}");
             return Err(refused);
         }
-        let vteps = vteps(&next);
+        let vteps = vteps(&next, &self.interfaces);
         let outcome = self.go_over(next, &vteps).await;
         if outcome.is_ok() {
             (self.wanted, self.vteps) = (wanted, vteps);
@@ -440,10 +444,11 @@ impl Daemon {
             let service = checked.get(service);
             service.is_some_and(|service| service.backends.iter().any(|b| b.name == backend))
         });
+        let links = self.interfaces.iter().filter(|interface| interface.home.is_none());
         let home = Home {
             mac: self.interfaces.first().map(|interface| interface.mac).unwrap_or_default(),
             vteps: self.config.node.vteps(),
-            addresses: self.interfaces.iter().flat_map(|i| i.addresses.iter().copied()).collect(),
+            addresses: links.flat_map(|link| link.addresses.iter().copied()).collect(),
         };
         self.checks.want(&self.config.desired, home);
     }
@@ -503,7 +508,8 @@ impl Daemon {
     /// # Errors
     /// If one is gone for good.
     async fn relink(&mut self) -> Result<(), RunError> {
-        let names: Vec<&str> = self.interfaces.iter().map(|i| i.name.as_str()).collect();
+        let followed = self.interfaces.iter().filter(|i| i.home.is_none());
+        let names: Vec<&str> = followed.map(|i| i.name.as_str()).collect();
         let links = match time::timeout(LINK_TIMEOUT, link::links(&names)).await {
             Ok(Ok(links)) => links,
             Ok(Err(LinkError::Missing { name, .. })) => {
@@ -523,7 +529,7 @@ impl Daemon {
             }
         };
         self.missing = None;
-        let interfaces: Vec<Interface> = links.iter().map(interface).collect();
+        let interfaces = interfaces(&links, self.local_link.as_ref());
         if let Some(name) = replaced(&self.interfaces, &interfaces) {
             return Err(RunError::LinkReplaced(name.to_owned()));
         }
@@ -688,6 +694,36 @@ fn replaced<'a>(before: &'a [Interface], now: &[Interface]) -> Option<&'a str> {
     both.find(|(before, now)| before.index != now.index).map(|(before, _)| before.name.as_str())
 }
 
+/// The local link, if there is to be one. With it, workers share fewer kinds of sockets: veth has no
+/// zero-copy.
+async fn local_link(config: &Config, queues: &[Queues]) -> Result<Option<LocalLink>, RunError> {
+    let wanted = match config.node.local_link {
+        config::LocalLink::Never => false,
+        config::LocalLink::Always => true,
+        config::LocalLink::Auto => false,
+    };
+    if !wanted {
+        return Ok(None);
+    }
+    let workers = worker_count(config, queues)?;
+    let link = LocalLink::make(workers as u32, config.dataplane.frame_size_bytes).await?;
+    Ok(Some(link))
+}
+
+/// What the workers have ports on, in their order.
+fn interfaces(links: &[link::Link], local_link: Option<&LocalLink>) -> Vec<Interface> {
+    links.iter().map(interface).chain(local_link.map(LocalLink::interface)).collect()
+}
+
+fn queues(link: &link::Link) -> Queues {
+    Queues {
+        interface: link.device.name.clone(),
+        mac: link.device.mac,
+        count: link.rx_queues as usize,
+        namespace: None,
+    }
+}
+
 fn interface(link: &link::Link) -> Interface {
     Interface {
         name: link.device.name.clone(),
@@ -696,6 +732,7 @@ fn interface(link: &link::Link) -> Interface {
         mtu: link.device.mtu,
         partial_checksums: link.partial_checksums(),
         addresses: link.addresses.clone(),
+        home: None,
     }
 }
 
@@ -730,10 +767,15 @@ pub fn planner(config: &Config) -> Planner {
     })
 }
 
-/// The VTEPs that the kernel has to be asked for: not those that the operator has told all about.
-fn vteps(config: &Config) -> BTreeSet<IpAddr> {
+/// The VTEPs that the kernel has to be asked for: not those that the operator has told all about, nor this
+/// node's own, if there is a way home.
+fn vteps(config: &Config, interfaces: &[Interface]) -> BTreeSet<IpAddr> {
     let said = config.next_hops.iter().filter(|hop| hop.interface.is_some());
-    let said: BTreeSet<IpAddr> = said.map(|hop| hop.vtep).collect();
+    let mut said: BTreeSet<IpAddr> = said.map(|hop| hop.vtep).collect();
+    if home(interfaces).is_some() {
+        said.extend(config.node.vteps());
+        said.extend(interfaces.iter().flat_map(|interface| interface.addresses.iter().copied()));
+    }
     // Many share one: a hash is cheaper than a comparison for each.
     let all: HashSet<IpAddr> = config.desired.backends().map(|(_, b)| b.vtep).collect();
     all.into_iter().filter(|vtep| !said.contains(vtep)).collect()
@@ -772,7 +814,7 @@ mod tests {
         );
         let (config, _) = Config::parse("test", &text).unwrap();
         let asked = ["10.0.0.3", "10.0.0.4"].map(|vtep| vtep.parse().unwrap());
-        assert_eq!(vteps(&config), BTreeSet::from(asked));
+        assert_eq!(vteps(&config, &[]), BTreeSet::from(asked));
     }
 
     #[test]
@@ -784,6 +826,7 @@ mod tests {
             mtu: 1500,
             partial_checksums: false,
             addresses: Vec::new(),
+            home: None,
         };
         let before = [interface("eth0", 2), interface("eth1", 3)];
         assert_eq!(replaced(&before, &before), None);

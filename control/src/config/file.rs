@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use toml::Spanned;
 use utoipa::ToSchema;
 
-use super::{CheckKind, CopyMode, HugePages, Idle, XdpMode};
+use super::{CheckKind, CopyMode, HugePages, Idle, LocalLink, XdpMode};
 use crate::health::{AllDown, OnDown};
 
 /// A key that may be there, and where.
@@ -40,6 +40,7 @@ pub struct Node {
     pub cores: Key<AutoOr<Vec<i64>>>,
     pub answer_arp: Option<bool>,
     pub announce_table: Key<i64>,
+    pub local_link: Option<LocalLink>,
 }
 
 /// `[api]`

@@ -66,6 +66,7 @@ pub fn node(written: &file::Node, report: &mut Report) -> Node {
         cores: written.cores.as_ref().map_or(defaults.cores, |key| cores(key, report)),
         answer_arp: written.answer_arp.unwrap_or(defaults.answer_arp),
         announce_table: written.announce_table.as_ref().and_then(|key| announce_table(key, report)),
+        local_link: written.local_link.unwrap_or(defaults.local_link),
     }
 }
 

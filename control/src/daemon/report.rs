@@ -152,6 +152,7 @@ mod tests {
                 mtu,
                 partial_checksums: false,
                 addresses: Vec::new(),
+                home: None,
             };
             too_large(&interface, frame_size)
         };
