@@ -303,6 +303,7 @@ pub(crate) fn worker(
         hash_key: HashKey::from_seed("connections"),
         icmp_errors_per_s: 100,
         id: 0,
+        nat: None,
     });
     worker.prepare();
     (worker, counters)

@@ -94,6 +94,7 @@ pub fn template(slot: u32, inner: Family, underlay: Underlay) -> Template {
         udp_port: 4789,
         vni: 100,
         inner_dst_mac: MacAddr([2, 0x42, 10, 77, high, low]),
+        inner_src_mac: MacAddr([2, 0, 0, 0, 0, 2]),
         inner_v6: inner == Family::V6,
         udp_checksum: underlay.udp_checksum,
     })
@@ -147,7 +148,12 @@ pub fn among(others: u32, inner: Family, underlay: Underlay) -> Forwarding {
     for index in 1..=others {
         let address = Address::v4((0xc612_0000 + index).to_be_bytes());
         let vips = vec![Vip { address, protocol: protocol::TCP, port: VIP_PORT }];
-        services.push(Service { vips, maglev: maglev.clone(), schedule: Schedule::Maglev });
+        services.push(Service {
+            vips,
+            maglev: maglev.clone(),
+            schedule: Schedule::Maglev,
+            nat: None,
+        });
         slots.extend((0..10).map(|_| Some(Backend { service: index, ..one.clone() })));
     }
     Forwarding::new(common, services, slots).expect("the snapshot is sound")
@@ -191,7 +197,7 @@ fn parts(
     };
     let maglev = Arc::new(maglev_of(Size::default(), &backends.takers));
     let takers: Vec<_> = backends.takers.iter().map(|&slot| Taker { slot, weight: 1 }).collect();
-    let service = Service { vips: vips.into(), maglev, schedule: schedule(&takers) };
+    let service = Service { vips: vips.into(), maglev, schedule: schedule(&takers), nat: None };
     let backend = |slot| Backend {
         template: template(slot, inner, underlay),
         service: 0,
@@ -200,7 +206,13 @@ fn parts(
         reachable: true,
     };
     let link = Link { mac: packet::GATEWAY, partial_checksums: false };
-    let common = Common { links: vec![link], answer_arp: false, maglev_key: maglev_key() };
+    let common = Common {
+        links: vec![link],
+        answer_arp: false,
+        maglev_key: maglev_key(),
+        overlays: Vec::new(),
+        tasks: Vec::new(),
+    };
     let slots = backends.existing.iter().max().map_or(0, |last| last + 1);
     let exists = |slot| backends.existing.contains(&slot);
     let slots = (0..slots).map(|slot| exists(slot).then(|| backend(slot))).collect();

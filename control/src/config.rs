@@ -6,6 +6,7 @@
 mod file;
 mod finding;
 mod health;
+mod overlays;
 mod services;
 mod settings;
 mod spec;
@@ -18,7 +19,8 @@ use std::{
 };
 
 use dataplane::{
-    connections::{self, AllocationError, Timeouts},
+    connections::{self, Timeouts},
+    memory::AllocationError,
     wire::ethernet::MacAddr,
 };
 use serde::Deserialize;
@@ -27,7 +29,7 @@ pub use self::{
     finding::{ConfigErrors, Finding, LoadError, Warning},
     health::{CheckKind, HealthSpec, written_range},
     settings::MIN_HANG_TIMEOUT_MS,
-    spec::{BackendSpec, Mode, Remark, Scheduler, ServiceSpec},
+    spec::{BackendSpec, Remark, Scheduler, ServiceSpec},
 };
 use crate::desired::Desired;
 
@@ -467,12 +469,15 @@ impl Config {
         let limits = settings::limits(&written.limits, report);
         let next_hops = services::next_hops(&written.next_hop, report);
         let vteps = settings::vteps(&node, &written.node);
-        let desired = services::services(&written.service, vteps, &maglev, &limits, report);
+        let overlays = overlays::overlays(&written.overlay, report);
+        let services =
+            services::services(&written.service, &overlays, vteps, &maglev, &limits, report);
+        let desired = Desired { services, overlays };
         Self { node, api, dataplane, connections, maglev, limits, next_hops, desired }
     }
 
     /// The keys that differ in `new` and that a running process cannot change. The rest (services,
-    /// next hops, and whether ARP is answered) is part of every snapshot and changes with it.
+    /// overlays, next hops, and whether ARP is answered) is part of every snapshot and changes with it.
     pub fn restart_needed(&self, new: &Self) -> Vec<&'static str> {
         let mut keys = Vec::new();
         // Takes each table apart without `..`, so that a new key does not compile until it is

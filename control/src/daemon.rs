@@ -39,7 +39,7 @@ use crate::{
     api::{Api, ApiSocket, Changes, Refusal, SocketError, TcpDoor, TcpError},
     causes,
     config::{self, Config, Exceeded, LoadError, Warning},
-    desired::{Conflict, Desired, Service, join},
+    desired::{Conflict, Desired, Overlay, Service, join},
     health::{Checks, Home, Verdict, Verdicts},
     link::{self, LinkError},
     local::{LocalLink, LocalLinkError},
@@ -156,6 +156,7 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
     let wanted = Wanted {
         file: std::mem::take(&mut config.desired.services),
         api: services.values().cloned().collect(),
+        overlays: std::mem::take(&mut config.desired.overlays),
     };
     let mut daemon = Daemon::start(config, wanted).await?;
     let (shown, views) = watch::channel(daemon.view());
@@ -215,14 +216,20 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
 struct Wanted {
     file: Vec<Arc<Service>>,
     api: Vec<Arc<Service>>,
+    overlays: Vec<Overlay>,
 }
 
 impl Wanted {
-    /// Whether these are the very same services.
+    fn join(&self, vteps: &[IpAddr]) -> Result<Desired, Conflict> {
+        join(&[&self.file, &self.api], &self.overlays, vteps)
+    }
+
+    /// Whether these are the very same services, in the same overlays.
     fn is(&self, joined: &Desired) -> bool {
         let all = self.file.iter().chain(&self.api);
         self.file.len() + self.api.len() == joined.services.len()
             && all.zip(&joined.services).all(|(own, joined)| Arc::ptr_eq(own, joined))
+            && self.overlays == joined.overlays
     }
 }
 
@@ -264,7 +271,7 @@ struct Daemon {
 
 impl Daemon {
     async fn start(mut config: Config, wanted: Wanted) -> Result<Self, RunError> {
-        config.desired = join(&[&wanted.file, &wanted.api], &config.node.vteps())?;
+        config.desired = wanted.join(&config.node.vteps())?;
         config.limits.admit(&config.desired)?;
         let names = match &config.node.interfaces[..] {
             [] => vec![link::default_route_interface().await?],
@@ -349,7 +356,8 @@ impl Daemon {
         let mut next = self.config.clone();
         next.next_hops = config.next_hops;
         next.node.answer_arp = config.node.answer_arp;
-        let wanted = Wanted { file: config.desired.services, api: self.wanted.api.clone() };
+        let Desired { services: file, overlays } = config.desired;
+        let wanted = Wanted { file, overlays, api: self.wanted.api.clone() };
         match self.take_over(next, wanted, None).await {
             Ok(()) => {
                 self.refused = None;
@@ -361,7 +369,7 @@ impl Daemon {
 
     /// What the API wants, all of it, and joined with what the file wanted when it was judged.
     async fn want(&mut self, services: Vec<Arc<Service>>, joined: Desired) -> Result<(), Refusal> {
-        let wanted = Wanted { api: services, file: self.wanted.file.clone() };
+        let wanted = Wanted { api: services, ..self.wanted.clone() };
         self.take_over(self.config.clone(), wanted, Some(joined)).await.map_err(|refused| {
             let sentence = causes::line(causes::of(&refused));
             match changed_something(&refused) {
@@ -382,7 +390,7 @@ impl Daemon {
         // The file may have changed since.
         let joined = match joined.filter(|joined| wanted.is(joined)) {
             Some(joined) => Ok(joined),
-            None => join(&[&wanted.file, &wanted.api], &next.node.vteps()),
+            None => wanted.join(&next.node.vteps()),
         };
         let admitted = joined.map_err(RunError::from).and_then(|desired| {
             self.config.limits.admit(&desired)?;
@@ -700,7 +708,7 @@ async fn local_link(config: &Config, queues: &[Queues]) -> Result<Option<LocalLi
     let wanted = match config.node.local_link {
         config::LocalLink::Never => false,
         config::LocalLink::Always => true,
-        config::LocalLink::Auto => false,
+        config::LocalLink::Auto => !config.desired.overlays.is_empty(),
     };
     if !wanted {
         return Ok(None);
@@ -782,7 +790,10 @@ fn vteps(config: &Config, interfaces: &[Interface]) -> BTreeSet<IpAddr> {
 }
 
 fn steer_key((address, protocol, port): SteerKey) -> steer::Key {
-    steer::Key { address, protocol, port }
+    match (protocol, port) {
+        (0, 0) => steer::Key::Address(address),
+        _ => steer::Key::Port { address, protocol, port },
+    }
 }
 
 fn log_warnings(warnings: &[Warning]) {

@@ -1,10 +1,20 @@
 //! What operators want: plain data that every source produces and `plan` reads. It knows no tables, no
 //! kernel and no packets.
 
-use std::{fmt, net::IpAddr, str::FromStr, sync::Arc, time::SystemTime};
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr},
+    str::FromStr,
+    sync::Arc,
+    time::SystemTime,
+};
 
+use clap::ValueEnum;
 use dataplane::{flow::protocol, wire::ethernet::MacAddr};
 use foldhash::{HashMap, HashMapExt};
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::{
     config::{self, ServiceSpec},
@@ -16,6 +26,8 @@ use crate::{
 pub struct Desired {
     /// In the order of the source. Shared: most stay the same from one state to the next.
     pub services: Vec<Arc<Service>>,
+    /// The overlays that this node has addresses in, for mode `nat`.
+    pub overlays: Vec<Overlay>,
 }
 
 impl Desired {
@@ -86,23 +98,181 @@ impl fmt::Display for ServicePort {
     }
 }
 
+/// A published port, and the one that the servers listen on: `80:8081/tcp`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PortMapping {
+    /// What clients connect to.
+    pub published: ServicePort,
+    /// What the backends listen on, 1 to 65535: another one in mode `nat` only.
+    pub target: u16,
+}
+
 /// Ports as an operator writes them: neighbours of one protocol as a range.
-pub fn port_ranges(ports: &[ServicePort]) -> Vec<String> {
-    let follows = |a: &ServicePort, b: &ServicePort| {
-        a.protocol == b.protocol && a.port.checked_add(1) == Some(b.port)
+pub fn port_ranges(ports: &[PortMapping]) -> Vec<String> {
+    let next = |a: u16, b: u16| a.checked_add(1) == Some(b);
+    let follows = |a: &PortMapping, b: &PortMapping| {
+        a.published.protocol == b.published.protocol
+            && next(a.published.port, b.published.port)
+            && next(a.target, b.target)
     };
-    let ranges = ports.chunk_by(follows).map(|range| match range {
-        [first, .., last] => format!("{}-{last}", first.port),
-        one => one.iter().map(ToString::to_string).collect(),
+    let written = |first: u16, last: u16| match first == last {
+        true => first.to_string(),
+        false => format!("{first}-{last}"),
+    };
+    let ranges = ports.chunk_by(follows).map(|range| {
+        let (first, last) = (range[0], range[range.len() - 1]);
+        let published = written(first.published.port, last.published.port);
+        let protocol = first.published.protocol;
+        match first.target == first.published.port {
+            true => format!("{published}/{protocol}"),
+            false => format!("{published}:{}/{protocol}", written(first.target, last.target)),
+        }
     });
     ranges.collect()
 }
 
 /// How packets get to a backend.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema, ValueEnum,
+)]
+#[serde(rename_all = "kebab-case")]
 pub enum Mode {
     /// Direct server return: the client's packet goes into a tunnel untouched.
+    #[default]
     Dsr,
+    /// Both addresses are translated, and the replies come back through this node.
+    Nat,
+}
+
+/// What clients connect to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Vip {
+    /// An address of the service's own.
+    Address(IpAddr),
+    /// Every IPv4 address that this node has, whichever these are.
+    Node,
+}
+
+impl Vip {
+    /// The address, if there is one.
+    pub fn address(self) -> Option<IpAddr> {
+        match self {
+            Self::Address(address) => Some(address),
+            Self::Node => None,
+        }
+    }
+
+    /// Whether its clients speak IPv6.
+    pub fn is_ipv6(self) -> bool {
+        self.address().is_some_and(|address| address.is_ipv6())
+    }
+}
+
+impl From<IpAddr> for Vip {
+    fn from(address: IpAddr) -> Self {
+        Self::Address(address)
+    }
+}
+
+impl From<ServicePort> for PortMapping {
+    /// To the same port.
+    fn from(published: ServicePort) -> Self {
+        Self { published, target: published.port }
+    }
+}
+
+impl fmt::Display for Vip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(address) => write!(f, "{address}"),
+            Self::Node => f.write_str("node"),
+        }
+    }
+}
+
+/// A VXLAN network in which this node has addresses: where the replies to translated packets come to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Overlay {
+    /// Who says so.
+    pub owner: Owner,
+    /// Its number. Unique.
+    pub vni: Vni,
+    /// This node's mesh addresses: used by nobody else. At least one.
+    pub addresses: Vec<IpAddr>,
+    /// Where frames inside the tunnel come from.
+    pub mac: MacAddr,
+    /// Largest IP packet inside the tunnel, in bytes. `None`: what the way there leaves.
+    pub mtu: Option<u16>,
+    /// The tunnel's UDP port, also on this node.
+    pub port: u16,
+}
+
+impl Overlay {
+    /// That of a NAT backend, if packets can be translated to there and their replies come back.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn of<'a>(backend: &Backend, overlays: &'a [Self]) -> Result<&'a Self, OutOfMesh> {
+        let vni = backend.vni.get();
+        let overlay = overlays
+            .iter()
+            .find(|overlay| overlay.vni == backend.vni)
+            .ok_or(OutOfMesh::NoOverlay { vni })?;
+        if overlay.port != backend.port {
+            return Err(OutOfMesh::OtherPort { vni, ours: overlay.port, theirs: backend.port });
+        }
+        let Some(address) = backend.address else { return Ok(overlay) };
+        if overlay.addresses.contains(&address) {
+            return Err(OutOfMesh::Ours { vni, address });
+        }
+        if !overlay.addresses.iter().any(|own| own.is_ipv4() == address.is_ipv4()) {
+            return Err(OutOfMesh::OtherFamily { vni, address });
+        }
+        Ok(overlay)
+    }
+}
+
+/// The MAC address that Docker gives whatever has this address: `02:42:` and its bytes.
+pub fn container_mac(address: Ipv4Addr) -> MacAddr {
+    let [a, b, c, d] = address.octets();
+    MacAddr([0x02, 0x42, a, b, c, d])
+}
+
+/// Why a backend can't be one of mode `nat`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OutOfMesh {
+    /// This node is not in its network.
+    #[error("this node has no address in the overlay {vni}")]
+    NoOverlay {
+        /// Its network.
+        vni: u32,
+    },
+    /// A stock vxlan device sends to the port that it listens on.
+    #[error("its tunnel has port {theirs}, and this node's in the overlay {vni} has {ours}")]
+    OtherPort {
+        /// Its network.
+        vni: u32,
+        /// The overlay's.
+        ours: u16,
+        /// The backend's.
+        theirs: u16,
+    },
+    /// It would be us.
+    #[error("{address} is an address of this node in the overlay {vni}")]
+    Ours {
+        /// Its network.
+        vni: u32,
+        /// The address.
+        address: IpAddr,
+    },
+    /// It has nobody to answer to.
+    #[error("this node has no address in the overlay {vni} that {address} could answer to")]
+    OtherFamily {
+        /// Its network.
+        vni: u32,
+        /// The backend's.
+        address: IpAddr,
+    },
 }
 
 /// How new connections are placed.
@@ -177,17 +347,26 @@ pub struct Service {
     /// Unique.
     pub name: String,
     /// The address.
-    pub vip: IpAddr,
+    pub vip: Vip,
     /// At least one.
-    pub ports: Vec<ServicePort>,
+    pub ports: Vec<PortMapping>,
     /// How packets get to its backends.
     pub mode: Mode,
+    /// Whose new connections are accepted, in mode `nat`. Empty: everybody's.
+    pub allow: Vec<IpNet>,
     /// How its new connections are placed.
     pub scheduler: Scheduler,
     /// How its backends are checked, if they are.
     pub health: Option<Health>,
     /// May be empty.
     pub backends: Vec<Backend>,
+}
+
+impl Service {
+    /// Whether clients can connect there.
+    pub fn publishes(&self, port: ServicePort) -> bool {
+        self.ports.iter().any(|mapping| mapping.published == port)
+    }
 }
 
 /// One task of a service, behind a tunnel.
@@ -197,7 +376,7 @@ pub struct Backend {
     pub name: String,
     /// The tunnel's far end: the node that runs it.
     pub vtep: IpAddr,
-    /// MAC address of its vxlan device.
+    /// MAC address of its vxlan device; in mode `nat`, of what has its address in the overlay.
     pub mac: MacAddr,
     /// Its share of new connections; 0 drains it.
     pub weight: u16,
@@ -211,7 +390,8 @@ pub struct Backend {
     pub mtu: Option<u16>,
     /// What the outer UDP checksum is. `None`: zero over IPv4, computed over IPv6.
     pub udp_checksum: Option<bool>,
-    /// Where it is checked, but for checks through the tunnel.
+    /// Where it is checked, but for checks through the tunnel. In mode `nat` always there, and where its
+    /// packets are translated to.
     pub address: Option<IpAddr>,
 }
 
@@ -261,9 +441,15 @@ pub enum Claim {
     /// Their name.
     Name,
     /// A port of a VIP.
-    Port(IpAddr, ServicePort),
+    Port(Vip, ServicePort),
     /// One's VIP is where the other's tunnel ends: its packets would come back to us.
     TunnelEnd(IpAddr),
+    /// A UDP port of this node's addresses, where one publishes and an overlay's tunnels end.
+    TunnelPort(u16),
+    /// One's backend is not in an overlay as it has to be for mode `nat`: its index, and why.
+    Mesh(usize, OutOfMesh),
+    /// Two sources describe one overlay.
+    Overlay(Vni),
 }
 
 /// Two services that can't stand side by side.
@@ -300,15 +486,30 @@ impl fmt::Display for Conflict {
                 whose(f)?;
                 f.write_str(" ends there")
             }
+            Claim::TunnelPort(port) => {
+                write!(f, "the {owner}'s `{name}` publishes {port}/udp of this node, where its ")?;
+                f.write_str("tunnels end")
+            }
+            Claim::Mesh(_, why) => {
+                write!(f, "a backend of the {owner}'s `{name}` can't be reached by nat: {why}")
+            }
+            Claim::Overlay(vni) => {
+                let other = self.other.as_ref().map_or(owner, |(owner, _)| owner);
+                write!(f, "the {owner} and the {other} both describe the overlay {}", vni.get())
+            }
         }
     }
 }
 
-/// The services of all sources together. `vteps` are this node's own ends of tunnels.
+/// The services of all sources together, in these overlays. `vteps` are this node's own ends of tunnels.
 ///
 /// # Errors
 /// The first conflict.
-pub fn join(sources: &[&[Arc<Service>]], vteps: &[IpAddr]) -> Result<Desired, Conflict> {
+pub fn join(
+    sources: &[&[Arc<Service>]],
+    overlays: &[Overlay],
+    vteps: &[IpAddr],
+) -> Result<Desired, Conflict> {
     let services: Vec<Arc<Service>> = sources.concat();
     let claimant = |service: &Service| (service.owner, service.name.clone());
     let conflict = |claim, one: &Service, other: &Service| {
@@ -320,11 +521,14 @@ pub fn join(sources: &[&[Arc<Service>]], vteps: &[IpAddr]) -> Result<Desired, Co
             return conflict(Claim::Name, first, service);
         }
         for port in &service.ports {
-            if let Some(first) = ports.insert((service.vip, *port), service) {
-                return conflict(Claim::Port(service.vip, *port), first, service);
+            if let Some(first) = ports.insert((service.vip, port.published), service) {
+                return conflict(Claim::Port(service.vip, port.published), first, service);
             }
         }
-        vips.insert(service.vip, service);
+        if let Some(address) = service.vip.address() {
+            vips.insert(address, service);
+        }
+        in_mesh(service, overlays)?;
     }
     let own = vteps.iter().map(|vtep| (*vtep, None));
     let tunnels = services.iter().flat_map(|service| {
@@ -336,7 +540,42 @@ pub fn join(sources: &[&[Arc<Service>]], vteps: &[IpAddr]) -> Result<Desired, Co
             return Err(Conflict { claim: Claim::TunnelEnd(vtep), one: claimant(at), other });
         }
     }
-    Ok(Desired { services })
+    for (index, overlay) in overlays.iter().enumerate() {
+        if let Some(first) = overlays[..index].iter().find(|first| first.vni == overlay.vni) {
+            let whose = |overlay: &Overlay| (overlay.owner, String::new());
+            let claim = Claim::Overlay(overlay.vni);
+            return Err(Conflict { claim, one: whose(first), other: Some(whose(overlay)) });
+        }
+    }
+    Ok(Desired { services, overlays: overlays.to_vec() })
+}
+
+/// Whether a service finds what mode `nat` needs.
+fn in_mesh(service: &Service, overlays: &[Overlay]) -> Result<(), Conflict> {
+    let conflict =
+        |claim| Err(Conflict { claim, one: (service.owner, service.name.clone()), other: None });
+    if service.mode != Mode::Nat {
+        return Ok(());
+    }
+    if let Some(port) = tunnel_port(service, overlays) {
+        return conflict(Claim::TunnelPort(port));
+    }
+    for (index, backend) in service.backends.iter().enumerate() {
+        if let Err(why) = Overlay::of(backend, overlays) {
+            return conflict(Claim::Mesh(index, why));
+        }
+    }
+    Ok(())
+}
+
+/// A port that it publishes on this node's addresses, and that tunnels end at.
+pub fn tunnel_port(service: &Service, overlays: &[Overlay]) -> Option<u16> {
+    let is_tunnels = |port: &PortMapping| {
+        port.published.protocol == Protocol::Udp
+            && overlays.iter().any(|overlay| overlay.port == port.published.port)
+    };
+    let mut ports = service.ports.iter().filter(|_| service.vip == Vip::Node);
+    ports.find(|port| is_tunnels(port)).map(|port| port.published.port)
 }
 
 #[cfg(test)]
@@ -361,13 +600,76 @@ mod tests {
         Arc::new(Service { owner, ..service })
     }
 
+    /// A NAT service of the API's, which has not seen the file.
+    fn nat(vni: i64, ports: &str, address: &str) -> Arc<Service> {
+        let backend = crate::config::BackendSpec {
+            name: Some("one".to_owned()),
+            vtep: Some("10.0.0.2".to_owned()),
+            address: Some(address.to_owned()),
+            ..Default::default()
+        };
+        let spec = ServiceSpec {
+            name: Some("shop".to_owned()),
+            vip: Some("node".to_owned()),
+            ports: Some(vec![ports.to_owned()]),
+            mode: Some(Mode::Nat),
+            vni: Some(vni),
+            backends: vec![backend],
+            ..ServiceSpec::default()
+        };
+        Arc::new(spec.understand(&Default::default()).unwrap().0)
+    }
+
+    #[test]
+    fn a_nat_service_needs_an_overlay_that_this_node_is_in() {
+        let overlay = Overlay {
+            owner: Owner::File,
+            vni: Vni::new(100).unwrap(),
+            addresses: vec!["10.99.1.250".parse().unwrap()],
+            mac: container_mac([10, 99, 1, 250].into()),
+            mtu: None,
+            port: 4789,
+        };
+        let joined = |service: Arc<Service>, overlays: &[Overlay]| {
+            join(&[&[service]], overlays, &[]).map(|desired| desired.overlays.len())
+        };
+        let one = [overlay.clone()];
+        assert_eq!(joined(nat(100, "80:8080/tcp", "10.99.1.2"), &one), Ok(1));
+        for (service, overlays, sentence) in [
+            (
+                nat(101, "80/tcp", "10.99.1.2"),
+                &one[..],
+                "a backend of the api's `shop` can't be reached by nat: this node has no address in the \
+                 overlay 101",
+            ),
+            (
+                nat(100, "80/tcp", "10.99.1.250"),
+                &one,
+                "a backend of the api's `shop` can't be reached by nat: 10.99.1.250 is an address of this \
+                 node in the overlay 100",
+            ),
+            (
+                nat(100, "4780-4790/udp", "10.99.1.2"),
+                &one,
+                "the api's `shop` publishes 4789/udp of this node, where its tunnels end",
+            ),
+            (
+                nat(100, "80/tcp", "10.99.1.2"),
+                &[overlay.clone(), overlay.clone()],
+                "the file and the file both describe the overlay 100",
+            ),
+        ] {
+            assert_eq!(joined(service, overlays).unwrap_err().to_string(), sentence);
+        }
+    }
+
     #[test]
     fn what_two_sources_want_stands_side_by_side_or_is_refused_with_a_sentence() {
         let file = [service(Owner::File, "web", "192.0.2.1", 80, "10.0.0.2")];
         let own = ["10.0.0.1".parse().unwrap()];
         let joined = |name: &str, vip: &str, port, vtep: &str| {
             let api = [service(Owner::Api, name, vip, port, vtep)];
-            join(&[&file, &api], &own).map(|desired| desired.services.len())
+            join(&[&file, &api], &[], &own).map(|desired| desired.services.len())
         };
         assert_eq!(joined("shop", "192.0.2.1", 81, "10.0.0.2"), Ok(2));
         for (name, vip, port, vtep, sentence) in [

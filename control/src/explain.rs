@@ -8,10 +8,11 @@ use std::{
 };
 
 use dataplane::{
-    connections::{AllocationError, Connections, Timeouts, Verdict},
+    connections::{Connections, Timeouts, Verdict},
     counters::{Counters, DropReason},
     flow::{Flow, FlowKey, HashKey, Kind, protocol, tcp_flags},
     forwarding::{Forwarding, Slot},
+    memory::AllocationError,
     schedule::{self, Scheduler},
     select::{self, Context},
     time::Tick,
@@ -381,11 +382,12 @@ fn why_dropped(
     protocol: Protocol,
     vip: SocketAddr,
 ) -> String {
-    let at_vip = || desired.services.iter().filter(|service| service.vip == vip.ip());
+    let at = desired::Vip::Address(vip.ip());
+    let at_vip = || desired.services.iter().filter(|service| service.vip == at);
     let asked = ServicePort { port: vip.port(), protocol };
     let mut placed = view::placed(desired, placements);
     if let Some((service, own)) =
-        placed.find(|(service, _)| service.vip == vip.ip() && service.ports.contains(&asked))
+        placed.find(|(service, _)| service.vip == at && service.publishes(asked))
     {
         let weighted = service.backends.iter().zip(own).filter(|(backend, _)| backend.weight > 0);
         if weighted.clone().count() > 0 && weighted.clone().all(|(_, at)| at.is_down()) {

@@ -25,7 +25,7 @@ use dataplane::{
 use self::slots::{Full, Slots};
 use crate::{
     config::NextHop,
-    desired::{Backend, Desired, Drain, Scheduler, Service, ServicePort},
+    desired::{Backend, Desired, Drain, Mode, PortMapping, Scheduler, Service},
     health::{AllDown, OnDown, Verdict, Verdicts},
     link::LinkIndex,
     next_hop::HopState,
@@ -140,6 +140,9 @@ pub enum PlanError {
         /// The limit.
         limit: usize,
     },
+    /// Nothing forwards it yet.
+    #[error("the service {0} has mode nat, which this build does not forward yet")]
+    Nat(String),
     /// Two services claim one VIP.
     #[error(transparent)]
     Forwarding(#[from] ForwardingError),
@@ -370,6 +373,9 @@ impl Planner {
         service: &Arc<Service>,
         before: Option<&Planned>,
     ) -> Result<Planned, PlanError> {
+        if service.mode == Mode::Nat {
+            return Err(PlanError::Nat(service.name.clone()));
+        }
         let slots: HashMap<&str, Slot> = before.into_iter().flat_map(Planned::slots).collect();
         let mut backends = Vec::with_capacity(service.backends.len());
         let mut placements = Vec::with_capacity(service.backends.len());
@@ -449,11 +455,14 @@ impl Planner {
             vips: planned.vips.clone(),
             maglev: planned.maglev.clone(),
             schedule: planned.schedule.clone(),
+            nat: None,
         };
         let common = Common {
             links: inputs.interfaces.iter().map(link).collect(),
             answer_arp: inputs.answer_arp,
             maglev_key: self.settings.maglev_key,
+            overlays: Vec::new(),
+            tasks: Vec::new(),
         };
         Forwarding::new(common, services.iter().map(service).collect(), backends)
     }
@@ -467,7 +476,11 @@ impl Planner {
         };
         let same_vips = services.len() == self.planned.len() && services.iter().all(steers_like);
         let announced = match inputs.announce {
-            true => services.iter().filter(|p| p.serves).map(|p| p.service.vip).collect(),
+            true => services
+                .iter()
+                .filter(|p| p.serves)
+                .filter_map(|p| p.service.vip.address())
+                .collect(),
             false => BTreeSet::new(),
         };
         if !(still && same_vips && announced == self.announced) {
@@ -554,10 +567,11 @@ fn link(interface: &Interface) -> Link {
 }
 
 fn vips(service: &Service) -> Vec<Vip> {
-    let vip = |port: &ServicePort| Vip {
-        address: service.vip.into(),
-        protocol: port.protocol.number(),
-        port: port.port,
+    let Some(address) = service.vip.address() else { return Vec::new() };
+    let vip = |port: &PortMapping| Vip {
+        address: address.into(),
+        protocol: port.published.protocol.number(),
+        port: port.published.port,
     };
     service.ports.iter().map(vip).collect()
 }
@@ -568,12 +582,13 @@ fn steer(inputs: &Inputs<'_>, announced: &BTreeSet<IpAddr>) -> BTreeMap<SteerKey
         for vip in vips(service) {
             keys.insert((vip.address, vip.protocol, vip.port), false);
         }
+        let Some(vip) = service.vip.address() else { continue };
         // An address that the node itself has keeps its pings, fragments and ARP.
-        let own = inputs.interfaces.iter().any(|i| i.addresses.contains(&service.vip));
+        let own = inputs.interfaces.iter().any(|i| i.addresses.contains(&vip));
         if !own {
             // To answer is to announce, on the network next to us.
-            let here = !inputs.announce || announced.contains(&service.vip);
-            keys.insert((service.vip.into(), 0, 0), inputs.answer_arp && here);
+            let here = !inputs.announce || announced.contains(&vip);
+            keys.insert((vip.into(), 0, 0), inputs.answer_arp && here);
         }
     }
     keys
@@ -702,6 +717,7 @@ fn render(
         udp_port: backend.port,
         vni: backend.vni.get(),
         inner_dst_mac: backend.mac,
+        inner_src_mac: way.src_mac,
         inner_v6: service.vip.is_ipv6(),
         udp_checksum: backend.udp_checksum.unwrap_or(v6),
     };

@@ -14,9 +14,9 @@ use std::{
 };
 
 use dataplane::{
-    connections::AllocationError,
     counters::{Counters, Event},
     flow::HashKey,
+    memory::AllocationError,
     port::sim::{self, SimPort},
     publish::Publisher,
     time::Tick,
@@ -244,6 +244,7 @@ impl Rig {
             hash_key: HashKey::from_seed("replay"),
             icmp_errors_per_s: config.dataplane.icmp_errors_per_s,
             id: 0,
+            nat: None,
         });
         worker.turn(Tick(0)); // fills the fill rings
         Ok(Self {

@@ -17,10 +17,11 @@ use std::{
 
 use core_affinity::CoreId;
 use dataplane::{
-    connections::{AllocationError, Connections, Reader},
+    connections::{Connections, Reader},
     counters::{Counters, Event},
     flow::HashKey,
     forwarding::Forwarding,
+    memory::AllocationError,
     port::{
         BURST,
         xsk::{self, Bell, BindReport, Ear, Rest, Statistics, XskError, XskPort},
@@ -285,6 +286,7 @@ impl Fleet {
                 hash_key,
                 icmp_errors_per_s: config.dataplane.icmp_errors_per_s,
                 id,
+                nat: None,
             });
             let stop = fleet.stop.clone();
             let spin = match config.dataplane.idle {

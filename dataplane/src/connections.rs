@@ -23,12 +23,10 @@
 //! home, the first of its two buckets. The sweep renews the marks of those homes, and removes a mark that was
 //! not renewed in the whole round before: nothing that lives is away from there.
 
-use memmap2::{Advice, MmapMut, MmapOptions};
-use zerocopy::FromBytes;
-
 use crate::{
     flow::{Flow, protocol, tcp_flags},
     forwarding::{MAX_BACKENDS, Slot},
+    memory::{self, AllocationError},
     prefetch::prefetch,
     rate_limit::RateLimit,
     sync::{AtomicU64, Ordering},
@@ -296,8 +294,8 @@ impl Traffic {
 }
 
 /// Eight entries in one cache line.
-#[derive(Debug)]
-#[cfg_attr(not(loom), derive(FromBytes, zerocopy::IntoBytes, zerocopy::KnownLayout))]
+#[derive(Debug, Default)]
+#[cfg_attr(not(loom), derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::KnownLayout))]
 #[repr(C, align(64))]
 struct Bucket([AtomicU64; LANES]);
 
@@ -472,14 +470,6 @@ pub struct Connections {
     open: Box<[u32]>,
 }
 
-/// No memory for the table.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot allocate {bytes} bytes for a connection table; lower connections.capacity")]
-pub struct AllocationError {
-    bytes: usize,
-    source: std::io::Error,
-}
-
 impl Connections {
     /// A table of at least `capacity` entries (rounded up to a power of two of buckets), on huge pages if
     /// there are some. It lives as long as the process, since others may read it at any time.
@@ -488,7 +478,7 @@ impl Connections {
     /// If there is no memory for it.
     pub fn new(capacity: usize, timeouts: &Timeouts) -> Result<Self, AllocationError> {
         let count = capacity.div_ceil(LANES).next_power_of_two().max(2);
-        let (buckets, huge_pages) = allocate(count)?;
+        let (buckets, huge_pages) = memory::zeroed(count)?;
         let reader = Reader { buckets, lifetimes: Lifetimes::new(timeouts) };
         Ok(Self {
             reader,
@@ -1019,34 +1009,6 @@ fn with_state(entry: u64, state: State, now: Tick) -> u64 {
 fn age_bits(state: State, now: Tick) -> u64 {
     let time = (now.0 >> state.unit_shift()) & TIME_MASK;
     time << TIME_SHIFT | (state as u64) << STATE_SHIFT
-}
-
-/// Zeroed buckets for the rest of the process's life, and whether they are on huge pages.
-#[cfg(not(loom))]
-fn allocate(count: usize) -> Result<(&'static [Bucket], bool), AllocationError> {
-    let bytes = count * LINE;
-    let huge = |len| MmapOptions::new().len(len).huge(Some(21)).populate().map_anon();
-    let (mut map, huge_pages) = match huge(bytes.next_multiple_of(1 << 21)) {
-        Ok(map) => (map, true),
-        Err(_) => {
-            let map =
-                MmapMut::map_anon(bytes).map_err(|source| AllocationError { bytes, source })?;
-            let _ = map.advise(Advice::HugePage); // worth 3 to 8 ns a packet; fine without
-            (map, false)
-        }
-    };
-    // Touched now, lest the first packet of each page wait for it.
-    map[..bytes].fill(0);
-    let memory: &'static mut [u8] = &mut Box::leak(Box::new(map))[..bytes];
-    let buckets =
-        <[Bucket]>::mut_from_bytes(memory).expect("pages are aligned and buckets are bytes");
-    Ok((buckets, huge_pages))
-}
-
-#[cfg(loom)]
-fn allocate(count: usize) -> Result<(&'static [Bucket], bool), AllocationError> {
-    let buckets = (0..count).map(|_| Bucket(std::array::from_fn(|_| AtomicU64::new(0))));
-    Ok((Vec::leak(buckets.collect()), false))
 }
 
 #[cfg(all(test, not(loom)))]

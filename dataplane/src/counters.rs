@@ -53,6 +53,16 @@ labelled! {
         NoBackend => "no_backend",
         /// The backend's next hop has no known MAC address, or there is no route to it.
         NextHopUnresolved => "next_hop_unresolved",
+        /// The client is not among those that the service allows.
+        NotAllowed => "not_allowed",
+        /// Every slot of the node's mesh addresses is in use: no new connection can be translated.
+        NatExhausted => "nat_exhausted",
+        /// TCP to a translated service that begins no connection and belongs to none that is known; the sender was told by a reset, within the rate limit.
+        NatNoConnection => "nat_no_connection",
+        /// A packet out of a tunnel that belongs to no translated connection.
+        NatUnmatched => "nat_unmatched",
+        /// A packet out of a tunnel that does not come from its connection's backend.
+        SpoofedTunnel => "spoofed_tunnel",
         /// The packet does not fit the backend's link; the sender was told the usable MTU by ICMP.
         TooBig => "too_big",
         /// The packet does not fit the backend's link, and an ICMP answer was not allowed or over its rate limit.
@@ -101,6 +111,12 @@ labelled! {
         IcmpErrorsForwarded => "icmp_errors_forwarded",
         /// ICMP "fragmentation needed" or "packet too big" sent.
         TooBigSent => "too_big_sent",
+        /// Packets of backends translated and sent to clients.
+        NatReplies => "nat_replies",
+        /// TCP resets sent, for connections that are not known or whose backend is gone.
+        ResetsSent => "resets_sent",
+        /// Clients asked to speak, so that they can be told that their backend is gone.
+        ClientsAsked => "clients_asked",
         /// Pings answered.
         EchoReplies => "echo_replies",
         /// ARP requests and neighbour solicitations answered.

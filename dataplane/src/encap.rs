@@ -10,7 +10,7 @@ use zerocopy::IntoBytes;
 
 use crate::{
     counters::DropReason,
-    flow::{Flow, protocol},
+    flow::{Address, Flow, protocol},
     port::Frame,
     prefetch::prefetch,
     wire::{
@@ -54,8 +54,10 @@ pub struct Tunnel {
     pub udp_port: u16,
     /// The VXLAN network identifier, 24 bits.
     pub vni: u32,
-    /// The backend's vxlan device.
+    /// The backend's vxlan device, or the task.
     pub inner_dst_mac: MacAddr,
+    /// Who the inner frame says it is from.
+    pub inner_src_mac: MacAddr,
     /// Whether packets inside are IPv6.
     pub inner_v6: bool,
     /// Whether the outer UDP checksum is computed or zero.
@@ -162,7 +164,7 @@ impl Template {
         header.extend_from_slice(vxlan::Header::new(tunnel.vni).as_bytes());
         let inner = ethernet::Header {
             dst: tunnel.inner_dst_mac,
-            src: tunnel.src_mac,
+            src: tunnel.inner_src_mac,
             ethertype: if tunnel.inner_v6 { ethernet::IPV6 } else { ethernet::IPV4 }.into(),
         };
         header.extend_from_slice(inner.as_bytes());
@@ -179,6 +181,18 @@ impl Template {
             ip_sum,
             udp_sum,
         })
+    }
+
+    /// Where the tunnel ends.
+    #[inline]
+    pub fn far_end(&self) -> Address {
+        let dst = usize::from(self.ip_offset) + if self.v6 { 24 } else { 16 };
+        let dst = &self.bytes[dst..];
+        match self.v6 {
+            true => dst.first_chunk().copied().map(Address::v6),
+            false => dst.first_chunk().copied().map(Address::v4),
+        }
+        .unwrap_or_default()
     }
 
     /// Bytes that the tunnel adds to an inner IP packet, below the egress link's own header: what its MTU

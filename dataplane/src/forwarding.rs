@@ -49,6 +49,67 @@ pub struct Service {
     pub maglev: Arc<Maglev>,
     /// How new connections are placed, as long as they can be remembered.
     pub schedule: Schedule,
+    /// How its packets are translated. `None`: they are not, and answers go directly to the client.
+    pub nat: Option<Arc<Nat>>,
+}
+
+/// What full NAT needs to know of a service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Nat {
+    /// The overlay its tasks are in, as an index into [`Common::overlays`].
+    pub overlay: u32,
+    /// The port that its tasks listen on, for each of [`Service::vips`].
+    pub targets: Vec<u16>,
+    /// Which clients may connect; nobody is refused if there is none.
+    pub allow: Vec<Prefix>,
+}
+
+impl Nat {
+    /// Whether this client may connect.
+    pub fn allows(&self, client: Address) -> bool {
+        self.allow.is_empty() || self.allow.iter().any(|prefix| prefix.contains(client))
+    }
+}
+
+/// The addresses that begin with the same bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Prefix {
+    /// Any of them.
+    pub address: Address,
+    /// How many bits count, of all 128: those of a mapped IPv4 address are the last 32.
+    pub len: u8,
+}
+
+impl Prefix {
+    /// Whether the address begins with these bits.
+    pub fn contains(self, address: Address) -> bool {
+        let differing = self.address.0 ^ address.0;
+        differing.leading_zeros() >= u32::from(self.len)
+    }
+}
+
+/// A network in tunnels that this node has addresses in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Overlay {
+    /// Its VXLAN network identifier, 24 bits.
+    pub vni: u32,
+    /// The UDP port that its tunnels end at.
+    pub udp_port: u16,
+    /// This node's MAC address in it.
+    pub mac: MacAddr,
+    /// The largest IP packet in it, in bytes.
+    pub mtu: u16,
+    /// This node's addresses in it.
+    pub mesh: Vec<Mesh>,
+}
+
+/// An address of this node in an overlay: what tasks take for the client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mesh {
+    /// Which of the NAT table's banks is this address's.
+    pub bank: u16,
+    /// The address.
+    pub address: Address,
 }
 
 /// Where packets go: one task behind a tunnel.
@@ -114,6 +175,8 @@ pub struct Forwarding {
     links: Vec<Link>,
     answer_arp: bool,
     maglev_key: HashKey,
+    overlays: Vec<Overlay>,
+    tasks: Vec<Address>,
 }
 
 /// A snapshot that contradicts itself.
@@ -136,6 +199,10 @@ pub struct Common {
     pub answer_arp: bool,
     /// What flows are hashed with for Maglev: the same on every node.
     pub maglev_key: HashKey,
+    /// The networks in tunnels that this node has addresses in.
+    pub overlays: Vec<Overlay>,
+    /// What packets to the backend in each slot are translated to, for NAT.
+    pub tasks: Vec<Address>,
 }
 
 impl Forwarding {
@@ -160,8 +227,8 @@ impl Forwarding {
             Placed { address: vip.address, ports: vip.ports(), backend }
         };
         let backends = backends.into_iter().map(|backend| backend.map(place)).collect();
-        let Common { links, answer_arp, maglev_key } = common;
-        Ok(Self { vips, services, backends, links, answer_arp, maglev_key })
+        let Common { links, answer_arp, maglev_key, overlays, tasks } = common;
+        Ok(Self { vips, services, backends, links, answer_arp, maglev_key, overlays, tasks })
     }
 
     /// The service that answers on this VIP, as an index; a VIP on port 0 answers on all other ports.
@@ -213,6 +280,24 @@ impl Forwarding {
     #[inline]
     pub fn maglev_key(&self) -> &HashKey {
         &self.maglev_key
+    }
+
+    /// The networks in tunnels that this node has addresses in.
+    #[inline]
+    pub fn overlays(&self) -> &[Overlay] {
+        &self.overlays
+    }
+
+    /// Whether tunnels of ours end at this UDP port.
+    #[inline]
+    pub fn is_tunnel_port(&self, port: u16) -> bool {
+        self.overlays.iter().any(|overlay| overlay.udp_port == port)
+    }
+
+    /// What packets to the backend in this slot are translated to.
+    #[inline]
+    pub fn task(&self, slot: Slot) -> Option<Address> {
+        self.tasks.get(slot as usize).copied()
     }
 }
 

@@ -10,6 +10,8 @@ pub mod flow;
 pub mod forwarding;
 pub mod fragment;
 pub mod maglev;
+pub mod memory;
+pub mod nat;
 pub mod parse;
 pub mod port;
 pub mod prefetch;

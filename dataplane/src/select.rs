@@ -6,7 +6,7 @@
 use crate::{
     connections::{Connections, Found, Remembered, Settled, Traffic, Verdict},
     counters::{Counters, DropReason, Event},
-    flow::{Address, Flow, Kind},
+    flow::{Address, Flow, FlowKey, Kind},
     forwarding::{Backend, Forwarding, Service, Slot, Vip},
     schedule::{Scheduler, Sight},
     time::Tick,
@@ -74,7 +74,7 @@ impl<'a> Context<'a> {
 
     /// The service that answers on this VIP, as an index.
     #[inline(always)]
-    fn service_at(&mut self, forwarding: &Forwarding, vip: Vip) -> Option<u32> {
+    pub(crate) fn service_at(&mut self, forwarding: &Forwarding, vip: Vip) -> Option<u32> {
         if self.asked.0 != vip {
             self.asked = (vip, forwarding.service_at(vip.address, vip.protocol, vip.port));
         }
@@ -245,8 +245,34 @@ fn count(remembered: Remembered, how: How, counters: &Counters) {
 /// What the packet is for.
 #[inline(always)]
 fn vip(flow: &Flow) -> Vip {
-    let key = &flow.key;
+    vip_of(&flow.key)
+}
+
+/// What the flow is for.
+#[inline(always)]
+pub(crate) fn vip_of(key: &FlowKey) -> Vip {
     Vip { address: key.dst, protocol: key.protocol, port: key.dst_port }
+}
+
+/// Places a new flow of a service whose connections are remembered elsewhere: `remember` is told the backend.
+///
+/// # Errors
+/// If the service has no backend, or the flow can't be remembered.
+pub fn place<'a, T>(
+    flow: &Flow,
+    (forwarding, service): (&'a Forwarding, &'a Service),
+    context: &mut Context<'_>,
+    remember: impl FnOnce(Slot) -> Option<T>,
+) -> Result<(Slot, &'a Backend, T), DropReason> {
+    let picked = pick(flow, forwarding, service)?;
+    let (key, maglev_hash, now) = (&flow.key, picked.hash, context.now);
+    let sight = Sight { service, key, maglev_hash, now };
+    let chosen = context.scheduler.choose(sight, context.connections);
+    let chosen = chosen.and_then(|slot| Some((slot, forwarding.backend(slot)?)));
+    let (slot, backend) = chosen.unwrap_or((picked.slot, picked.backend));
+    let remembered = remember(slot).ok_or(DropReason::NatExhausted)?;
+    context.scheduler.placed(sight, (slot, Traffic::of(flow)), context.connections);
+    Ok((slot, backend, remembered))
 }
 
 /// An ICMP error comes from anywhere and lands on any queue: the flow it quotes may be another worker's.

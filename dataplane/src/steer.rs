@@ -20,6 +20,10 @@ static PROGRAM: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/s
 pub const STEER: u32 = 1;
 /// Flag of an address's entry: ARP requests and neighbour solicitations for it are steered too.
 pub const ANSWER_ARP: u32 = 2;
+/// Flag of a UDP port's entry: tunnels end there. Only what [`Key::mesh`] says of their inside is steered.
+pub const TUNNEL: u32 = 4;
+/// Last byte of a [`Key::Mesh`]: no other entry has it, whatever its port and protocol.
+const MESH: u8 = 1;
 
 /// VIPs that one interface can steer, unless told otherwise.
 pub const DEFAULT_CAPACITY: u32 = 65_536;
@@ -40,29 +44,45 @@ pub enum Mode {
 }
 
 /// What one entry steers.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Key {
-    /// The packets' destination.
-    pub address: Address,
-    /// Their IANA protocol number; 0 with port 0 for the address's ICMP, fragments and ARP.
-    pub protocol: u8,
-    /// Their destination port; 0 for all ports.
-    pub port: u16,
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Key {
+    /// Packets to a port; 0 stands for all ports that have no entry.
+    Port {
+        /// Their destination.
+        address: Address,
+        /// Their IANA protocol number.
+        protocol: u8,
+        /// Their destination port.
+        port: u16,
+    },
+    /// What concerns an address as such: its ICMP errors, echo requests, fragments and, if flagged, ARP.
+    Address(Address),
+    /// What comes out of a tunnel for an address in its network.
+    Mesh {
+        /// The network's VXLAN identifier, 24 bits.
+        vni: u32,
+        /// Where the inner packet goes.
+        address: Address,
+    },
 }
 
 impl Key {
-    /// The entry of an address as such: its ICMP errors, echo requests, fragments and, if flagged,
-    /// ARP.
-    pub fn address(address: Address) -> Self {
-        Self { address, protocol: 0, port: 0 }
-    }
-
     /// The bytes of `struct vip`.
     fn bytes(self) -> [u8; 20] {
+        let (address, rest) = match self {
+            Self::Port { address, protocol, port } => {
+                let [high, low] = port.to_be_bytes();
+                (address, [high, low, protocol, 0])
+            }
+            Self::Address(address) => (address, [0; 4]),
+            Self::Mesh { vni, address } => {
+                let [_, high, middle, low] = vni.to_be_bytes();
+                (address, [high, middle, low, MESH])
+            }
+        };
         let mut bytes = [0; 20];
-        bytes[..16].copy_from_slice(&self.address.0.to_be_bytes());
-        bytes[16..18].copy_from_slice(&self.port.to_be_bytes());
-        bytes[18] = self.protocol;
+        bytes[..16].copy_from_slice(&address.0.to_be_bytes());
+        bytes[16..].copy_from_slice(&rest);
         bytes
     }
 }
@@ -311,10 +331,12 @@ mod tests {
     #[test]
     fn a_key_is_laid_out_as_the_program_reads_it() {
         let address = IpAddr::from(Ipv4Addr::new(203, 0, 113, 10)).into();
-        let key = Key { address, protocol: protocol::TCP, port: 0x1234 };
+        let key = Key::Port { address, protocol: protocol::TCP, port: 0x1234 };
         let mapped = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 203, 0, 113, 10];
         assert_eq!(key.bytes()[..16], mapped);
         assert_eq!(key.bytes()[16..], [0x12, 0x34, 6, 0]);
+        assert_eq!(Key::Address(address).bytes()[16..], [0; 4]);
+        assert_eq!(Key::Mesh { vni: 0x01_0203, address }.bytes()[16..], [1, 2, 3, 1]);
     }
 
     #[test]

@@ -4,15 +4,19 @@
 //! Nothing here blocks, allocates, logs or fails (I7). Every frame leaves by exactly one door: an outbound
 //! burst, or the pool with a counted reason (I1).
 
+mod nat;
+
 use std::{mem, time::Duration};
 
 use crate::{
     connections::{Connections, Reader},
     counters::{Counters, DropReason, Event},
     encap,
-    flow::{Flow, HashKey, Kind},
+    flow::{Address, Flow, HashKey, Kind},
     forwarding::{Backend, Forwarding, Link, Slot},
-    fragment, parse,
+    fragment,
+    nat::{Id, Slots, Sweep},
+    parse,
     port::{BURST, Frame, Frames, Pool, Port},
     publish::Subscriber,
     rate_limit::RateLimit,
@@ -46,6 +50,8 @@ pub struct Parts<P> {
     pub icmp_errors_per_s: u32,
     /// Its number among the workers.
     pub id: usize,
+    /// The slots of NAT, which all workers share; `None` if no service is ever translated.
+    pub nat: Option<Arc<Slots>>,
 }
 
 /// The number of no port.
@@ -65,6 +71,8 @@ pub struct Worker<P> {
     counters: Arc<Counters>,
     hash_key: HashKey,
     icmp_limit: RateLimit,
+    nat: Option<Arc<Slots>>,
+    nat_sweep: Sweep,
     inbound: Box<Frames>,
     outbound: Vec<Box<Frames>>,
     /// What is known of the packets in `inbound`.
@@ -86,6 +94,8 @@ impl<P: Port> Worker<P> {
             egress: (0..interfaces).map(first_port).collect(),
             outbound: parts.ports.iter().map(|_| Box::new(Frames::new())).collect(),
             icmp_limit: RateLimit::new(parts.icmp_errors_per_s),
+            nat_sweep: Sweep::new(parts.id, parts.peers.len() + 1),
+            nat: parts.nat,
             inbound: Box::new(Frames::new()),
             packets: Box::new([const { Packet::NONE }; BURST]),
             ports: parts.ports,
@@ -119,6 +129,7 @@ impl<P: Port> Worker<P> {
             }
         }
         self.connections.sweep(now);
+        self.sweep_nat(now);
         // An idle worker, too, must let go of what is old.
         self.published.load();
         // Control may now free every older snapshot; a worker never frees one (I3).
@@ -135,6 +146,8 @@ impl<P: Port> Worker<P> {
         let mut burst = Burst {
             forwarding,
             link: forwarding.link(self.links[port]),
+            link_index: self.links[port] as u8,
+            nat: self.nat.as_deref().filter(|_| !forwarding.overlays().is_empty()),
             ingress: port as u32,
             egress: &self.egress,
             hash_key: self.hash_key,
@@ -149,8 +162,9 @@ impl<P: Port> Worker<P> {
             frame.prefetch();
         }
         let packets = &mut self.packets[..self.inbound.len()];
-        burst.parse(&self.inbound, packets);
+        burst.parse(&mut self.inbound, packets);
         burst.select(packets);
+        burst.translate(&mut self.inbound, packets);
         burst.encapsulate(&mut self.inbound, packets);
         burst.dispatch(&mut self.inbound, packets);
     }
@@ -173,6 +187,31 @@ impl<P: Port> Worker<P> {
             }
             self.counters.count(Event::TxPackets, packets);
             self.counters.count(Event::TxBytes, bytes);
+        }
+    }
+
+    /// Frees what has run out of NAT's slots, and asks clients to speak whose task is gone.
+    #[inline]
+    fn sweep_nat(&mut self, now: Tick) {
+        let Some(slots) = &self.nat else { return };
+        let forwarding: &Forwarding = self.published.load();
+        let mut asked = false;
+        self.nat_sweep.run(slots, now, |id, state| {
+            let slot = (id, state);
+            if let Some((frame, link)) =
+                nat::ask_client(slots, slot, (forwarding, now), &mut self.pool)
+            {
+                let port = self.egress.get(usize::from(link)).copied().unwrap_or(NO_PORT);
+                if port == NO_PORT {
+                    return self.pool.put(frame);
+                }
+                push(&mut self.outbound, port, frame, &mut self.pool, &self.counters);
+                self.counters.count(Event::ClientsAsked, 1);
+                asked = true;
+            }
+        });
+        if asked {
+            self.transmit();
         }
     }
 
@@ -212,6 +251,8 @@ struct Packet {
     /// The flow's, by the connection tables' key.
     hash: u64,
     next: Next,
+    /// Who sent the tunnel's packet that it came in.
+    outer: Address,
 }
 
 /// What is to be done with a packet.
@@ -221,18 +262,26 @@ enum Next {
     Select,
     /// Wrap it for the backend in this slot.
     Tunnel(Slot),
-    /// It is wrapped: send it by this port.
+    /// Translate it for its task.
+    Translate,
+    /// Translate it for the client that has this slot.
+    Return(Id),
+    /// It is translated: wrap it for the backend in this slot.
+    Wrap(Slot),
+    /// It is ready: send it by this port.
     Send(u32),
     /// It is too big for the backend in this slot.
     Shrink(Slot),
     /// Answer it.
     Answer,
+    /// Tell its sender that there is no such connection.
+    Refuse(DropReason),
     /// Drop it.
     Drop(DropReason),
 }
 
 impl Packet {
-    const NONE: Self = Self { flow: Flow::NONE, hash: 0, next: Next::Answer };
+    const NONE: Self = Self { flow: Flow::NONE, hash: 0, next: Next::Answer, outer: Address(0) };
 }
 
 /// What one burst is handled with. Its stages are functions of their own, so that each has the registers
@@ -240,6 +289,8 @@ impl Packet {
 struct Burst<'a> {
     forwarding: &'a Forwarding,
     link: Link,
+    link_index: u8,
+    nat: Option<&'a Slots>,
     ingress: u32,
     egress: &'a [u32],
     hash_key: HashKey,
@@ -252,35 +303,36 @@ struct Burst<'a> {
 impl<'a> Burst<'a> {
     /// Bytes → meaning.
     #[inline(never)]
-    fn parse(&self, inbound: &Frames, packets: &mut [Packet]) {
+    fn parse(&mut self, inbound: &mut Frames, packets: &mut [Packet]) {
         let mut total = 0;
-        for (frame, packet) in inbound.iter().zip(packets) {
+        let count = inbound.len() as u64;
+        for (frame, packet) in inbound.iter_mut().zip(packets) {
             let bytes = frame.packet();
             total += bytes.len() as u64;
             if parse::plain_ipv4(bytes, &mut packet.flow) {
-                self.classify(bytes, packet);
+                self.classify(frame, packet);
             } else {
-                self.parse_any(bytes, packet);
+                self.parse_any(frame, packet);
             }
         }
-        self.context.counters.count(Event::RxPackets, inbound.len() as u64);
+        self.context.counters.count(Event::RxPackets, count);
         self.context.counters.count(Event::RxBytes, total);
     }
 
     /// Apart, so that the plain packets' way has the registers to itself.
     #[inline(never)]
-    fn parse_any(&self, bytes: &[u8], packet: &mut Packet) {
-        match parse::any(bytes, &mut packet.flow) {
-            Ok(()) => self.classify(bytes, packet),
+    fn parse_any(&mut self, frame: &mut Frame, packet: &mut Packet) {
+        match parse::any(frame.packet(), &mut packet.flow) {
+            Ok(()) => self.classify(frame, packet),
             Err(reason) => packet.next = Next::Drop(reason),
         }
     }
 
     /// Says what is next for a parsed packet.
     #[inline(always)]
-    fn classify(&self, bytes: &[u8], packet: &mut Packet) {
+    fn classify(&mut self, frame: &mut Frame, packet: &mut Packet) {
         let flow = &packet.flow;
-        if !self.link.accepts(bytes, flow.kind) {
+        if !self.link.accepts(frame.packet(), flow.kind) {
             packet.next = Next::Drop(DropReason::NotForUs);
             return;
         }
@@ -288,7 +340,12 @@ impl<'a> Burst<'a> {
             packet.next = Next::Answer;
             return;
         }
-        packet.hash = flow.key.hash(&self.hash_key);
+        if let Some(slots) = self.nat
+            && self.classify_nat(slots, frame, packet)
+        {
+            return;
+        }
+        packet.hash = packet.flow.key.hash(&self.hash_key);
         self.context.connections.prefetch(packet.hash);
         packet.next = Next::Select;
     }
@@ -302,7 +359,7 @@ impl<'a> Burst<'a> {
         // A flow's packets stay in order: once one waits, so do all of its sixty-fourth.
         let mut waiting = 0_u64;
         for packet in &mut *packets {
-            let Packet { flow, hash, next } = packet;
+            let Packet { flow, hash, next, .. } = packet;
             if *next == Next::Select {
                 let sixty_fourth = 1 << (*hash % 64);
                 if waiting & sixty_fourth == 0
@@ -325,7 +382,7 @@ impl<'a> Burst<'a> {
     /// The rest of [`Self::select`].
     #[inline(never)]
     fn select_unsettled(&mut self, packets: &mut [Packet]) {
-        for Packet { flow, hash, next } in packets {
+        for Packet { flow, hash, next, .. } in packets {
             if *next == Next::Select {
                 match select::unsettled(flow, *hash, self.forwarding, &mut self.context) {
                     Ok(selected) => {
@@ -343,8 +400,10 @@ impl<'a> Burst<'a> {
     #[inline(never)]
     fn encapsulate(&mut self, inbound: &mut Frames, packets: &mut [Packet]) {
         for (frame, packet) in inbound.iter_mut().zip(packets) {
-            if let Next::Tunnel(slot) = packet.next {
-                self.tunnel(frame, packet, slot);
+            match packet.next {
+                Next::Tunnel(slot) => self.tunnel(frame, packet, slot),
+                Next::Wrap(slot) => self.wrap_translated(frame, packet, slot),
+                _ => {}
             }
         }
     }
@@ -352,7 +411,7 @@ impl<'a> Burst<'a> {
     /// Sends the packet to its backend, if it fits.
     #[inline(always)]
     fn tunnel(&self, frame: &mut Frame, packet: &mut Packet, slot: Slot) {
-        let Packet { flow, hash, next } = packet;
+        let Packet { flow, hash, next, .. } = packet;
         let Some((backend, port)) = self.reach(slot) else {
             *next = Next::Drop(DropReason::NextHopUnresolved);
             return;
@@ -374,6 +433,22 @@ impl<'a> Burst<'a> {
         }
         counters.forwarded(slot as usize, frame.len());
         *next = Next::Send(port);
+    }
+
+    /// Wraps what NAT has made fit.
+    #[inline(never)]
+    fn wrap_translated(&self, frame: &mut Frame, packet: &mut Packet, slot: Slot) {
+        let wrapped = self.reach(slot).ok_or(DropReason::NextHopUnresolved);
+        let wrapped = wrapped.and_then(|(backend, port)| {
+            encap::vxlan(frame, &packet.flow, &backend.template, packet.hash).map(|()| port)
+        });
+        packet.next = match wrapped {
+            Ok(port) => {
+                self.context.counters.forwarded(slot as usize, frame.len());
+                Next::Send(port)
+            }
+            Err(reason) => Next::Drop(reason),
+        };
     }
 
     /// The backend in this slot and the port that it is reached by, if it is.
@@ -402,7 +477,12 @@ impl<'a> Burst<'a> {
                 Next::Drop(reason) => self.discard(frame, reason),
                 Next::Answer => self.answer(frame, &packet.flow),
                 Next::Shrink(slot) => self.too_big(frame, packet, slot),
-                Next::Select | Next::Tunnel(_) => self.discard(frame, DropReason::NoBackend),
+                Next::Refuse(reason) => self.refuse(frame, packet, reason),
+                Next::Select
+                | Next::Tunnel(_)
+                | Next::Translate
+                | Next::Return(_)
+                | Next::Wrap(_) => self.discard(frame, DropReason::NoBackend),
             }
         }
     }

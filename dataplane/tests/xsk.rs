@@ -180,9 +180,9 @@ fn address(text: &str) -> Address {
 fn steer(interface: &str, mode: Mode) -> Steer {
     let mut steer = Steer::attach(interface, mode, DEFAULT_CAPACITY).unwrap();
     for vip in [VIP, VIP6] {
-        let key = Key { address: address(vip), protocol: protocol::UDP, port: 80 };
+        let key = Key::Port { address: address(vip), protocol: protocol::UDP, port: 80 };
         steer.add_vip(key, 0).unwrap();
-        steer.add_vip(Key::address(address(vip)), 0).unwrap();
+        steer.add_vip(Key::Address(address(vip)), 0).unwrap();
     }
     steer
 }
@@ -272,9 +272,10 @@ fn packets_for_a_vip_arrive_byte_exact_in_generic_mode() {
 fn only_what_belongs_to_a_vip_is_steered() {
     in_namespace("only_what_belongs_to_a_vip_is_steered", |wire| {
         let (mut ports, mut pool, mut steer) = open(Mode::Auto);
-        let all_ports = Key { address: address("203.0.113.11"), protocol: protocol::TCP, port: 0 };
+        let all_ports =
+            Key::Port { address: address("203.0.113.11"), protocol: protocol::TCP, port: 0 };
         steer.add_vip(all_ports, 0).unwrap();
-        steer.add_vip(Key::address(address("203.0.113.12")), ANSWER_ARP).unwrap();
+        steer.add_vip(Key::Address(address("203.0.113.12")), ANSWER_ARP).unwrap();
         let ip = |destination, protocol, middle: &[u8], l4: &[u8]| {
             let (ethertype, packet) = ip_packet(destination, protocol, middle, l4);
             ethernet(&[], ethertype, &packet)
@@ -345,7 +346,7 @@ fn only_what_belongs_to_a_vip_is_steered() {
         ] {
             assert_eq!(steers(&frame), expected, "{what}");
         }
-        steer.add_vip(Key::address(address(VIP6)), ANSWER_ARP).unwrap();
+        steer.add_vip(Key::Address(address(VIP6)), ANSWER_ARP).unwrap();
         assert!(steers(&solicit), "a solicitation for an owned VIP");
         steer.set_mac(MacAddr([2, 0, 0, 0, 0, 1])).unwrap();
         assert!(!steers(&udp_frame(VIP, 80)), "another station's packet");
@@ -355,7 +356,7 @@ fn only_what_belongs_to_a_vip_is_steered() {
         assert!(steers(&to([0xff; 6], &arp(12))), "a question to all");
         assert!(!steers(&to([0xff; 6], &udp_frame(VIP, 80))), "a packet to all");
         steer.set_mac(MacAddr::default()).unwrap();
-        let vip = Key { address: address(VIP), protocol: protocol::UDP, port: 80 };
+        let vip = Key::Port { address: address(VIP), protocol: protocol::UDP, port: 80 };
         steer.remove_vip(vip).unwrap();
         steer.remove_vip(vip).unwrap();
         assert!(!steers(&udp_frame(VIP, 80)), "a VIP removed");
@@ -368,7 +369,7 @@ fn only_what_belongs_to_a_vip_is_steered() {
 fn what_is_not_steered_reaches_the_kernel() {
     in_namespace("what_is_not_steered_reaches_the_kernel", |wire| {
         let (_ports, _pool, mut steer) = open(Mode::Auto);
-        let node = Key { address: address(NODE), protocol: protocol::UDP, port: 80 };
+        let node = Key::Port { address: address(NODE), protocol: protocol::UDP, port: 80 };
         steer.add_vip(node, 0).unwrap();
         let kernel = |port| {
             let socket = UdpSocket::bind((NODE, port)).unwrap();

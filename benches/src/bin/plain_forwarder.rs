@@ -78,7 +78,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     steer.set_socket(0, ports[0].fd())?;
     for protocol in [protocol::TCP, protocol::UDP] {
         let address = Address::from(arguments.vip);
-        steer.add_vip(Key { address, protocol, port: arguments.port }, 0)?;
+        steer.add_vip(Key::Port { address, protocol, port: arguments.port }, 0)?;
     }
     println!("ready");
 

@@ -16,7 +16,7 @@ use super::{Problem, resource};
 use crate::{
     causes,
     config::{Limits, Remark, ServiceSpec},
-    desired::{Claim, Conflict, Desired, Owner, Service, join},
+    desired::{Claim, Conflict, Desired, OutOfMesh, Owner, Service, Vip, join},
     source::api::{Services, Store, StoreError},
     view::View,
 };
@@ -210,7 +210,7 @@ impl Writer {
         let view = self.views.borrow().clone();
         let others: Vec<_> = view.desired.others(Owner::Api).cloned().collect();
         let next: Vec<_> = next.values().cloned().collect();
-        let joined = join(&[&others, &next], &view.vteps);
+        let joined = join(&[&others, &next], &view.desired.overlays, &view.vteps);
         let joined = joined.map_err(|conflict| conflict_problem(&conflict, new))?;
         let exceeded = |error| Problem::new(StatusCode::CONFLICT, format!("{error}"));
         self.limits.admit(&joined).map_err(exceeded)?;
@@ -260,11 +260,29 @@ fn conflict_problem(conflict: &Conflict, new: Option<&Service>) -> Problem {
         Claim::Port(..) => ("/ports".to_owned(), "another port or VIP"),
         Claim::TunnelEnd(address) => {
             let to_it = |new: &Service| new.backends.iter().position(|b| b.vtep == address);
-            match new.filter(|new| new.vip != address).and_then(to_it) {
+            let is_other = |new: &&Service| new.vip != Vip::Address(address);
+            match new.filter(is_other).and_then(to_it) {
                 Some(index) => (format!("/backends/{index}/vtep"), "the node's own address"),
                 None => ("/vip".to_owned(), "an address that no tunnel ends at"),
             }
         }
+        Claim::TunnelPort(_) => ("/ports".to_owned(), "another port"),
+        Claim::Mesh(index, OutOfMesh::NoOverlay { .. }) => {
+            let remedy = "add [[overlay]] for it to the configuration file";
+            (format!("/backends/{index}/vni"), remedy)
+        }
+        Claim::Mesh(index, OutOfMesh::OtherPort { .. }) => {
+            (format!("/backends/{index}/port"), "the overlay's")
+        }
+        Claim::Mesh(index, OutOfMesh::Ours { .. }) => {
+            (format!("/backends/{index}/address"), "the server's own address")
+        }
+        Claim::Mesh(index, OutOfMesh::OtherFamily { .. }) => {
+            let remedy = "add one of its family to the overlay in the configuration file";
+            (format!("/backends/{index}/address"), remedy)
+        }
+        // No service is to blame.
+        Claim::Overlay(_) => (String::new(), "one description of it"),
     };
     let detail = conflict.to_string();
     let remark = Remark { pointer, detail: detail.clone(), remedy: remedy.to_owned() };

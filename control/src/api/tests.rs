@@ -22,7 +22,8 @@ use super::{
 };
 use crate::{
     config::Config,
-    daemon, desired,
+    daemon,
+    desired::{self, Desired},
     offline::Offline,
     plan::{Inputs, Planner},
     source::api::Store,
@@ -76,7 +77,8 @@ struct PlanningDaemon {
 
 impl PlanningDaemon {
     fn want(&mut self, services: &[Arc<crate::desired::Service>]) -> Result<(), Refusal> {
-        let desired = desired::join(&[&self.config.desired.services, services], &[])
+        let Desired { services: file, overlays } = &self.config.desired;
+        let desired = desired::join(&[file, services], overlays, &[])
             .map_err(|conflict| Refusal::Impossible(conflict.to_string()))?;
         let inputs = Inputs {
             desired: &desired,

@@ -22,8 +22,8 @@ use crate::{
         client::{ClientError, segment},
         resource::{Changed, Service},
     },
-    config::{BackendSpec, Mode, Remark, Scheduler, ServiceSpec},
-    desired::Drain,
+    config::{BackendSpec, Remark, Scheduler, ServiceSpec},
+    desired::{Drain, Mode},
 };
 
 /// How often a change is tried again when another writer was faster.
@@ -81,18 +81,21 @@ pub struct Create {
     /// Its name: letters, digits, dashes, underscores and dots
     #[arg(long)]
     name: String,
-    /// Its address, IPv4 or IPv6
+    /// Its address, IPv4 or IPv6; or `node`, in mode nat, for every IPv4 address of the node
     #[arg(long)]
     vip: String,
-    /// A port to publish: published=80,target=80,protocol=tcp, or 80/tcp, or 8000-8010/udp
+    /// A port to publish: published=80,target=8080,protocol=tcp, or 80:8080/tcp, or 8000-8010/udp
     ///
     /// Without a protocol it is tcp. In mode dsr packets arrive as the client sent them, so target, if
     /// given, has to be the same as published.
     #[arg(long, required = true, value_name = "PORT")]
     publish: Vec<Publish>,
     /// How packets get to the backends
-    #[arg(long, default_value = "dsr", value_parser = mode)]
+    #[arg(long, value_enum, default_value_t)]
     mode: Mode,
+    /// In mode nat, whose new connections are accepted: a network or an address. If not given, everybody's
+    #[arg(long, value_name = "CIDR")]
+    allow: Vec<String>,
     /// The VXLAN network identifier, of the backends that name none
     #[arg(long)]
     vni: Option<i64>,
@@ -137,6 +140,12 @@ pub struct Update {
     /// Publish a port no longer
     #[arg(long, value_name = "PORT")]
     publish_rm: Vec<Publish>,
+    /// Accept new connections from here too: if it is the first, from nowhere else any more
+    #[arg(long, value_name = "CIDR")]
+    allow_add: Vec<String>,
+    /// Accept new connections from here no longer: if it was the last, from everywhere
+    #[arg(long, value_name = "CIDR")]
+    allow_rm: Vec<String>,
     /// Add a backend; see create
     #[arg(long, value_name = "BACKEND")]
     backend_add: Vec<Backend>,
@@ -178,13 +187,6 @@ pub struct Update {
     daemon: Daemon,
 }
 
-fn mode(text: &str) -> Result<Mode, String> {
-    match text {
-        "dsr" => Ok(Mode::Dsr),
-        _ => Err("it is dsr, so far".to_owned()),
-    }
-}
-
 fn version(text: &str) -> Result<String, String> {
     let is_one = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_hexdigit());
     is_one
@@ -218,13 +220,21 @@ impl FromStr for Publish {
             }
         }
         let published = published.ok_or("there is no `published`, as in published=80,target=80")?;
-        match target {
-            Some(target) if target != published => Err(format!(
-                "in mode dsr packets arrive as the client sent them: target has to be {published} \
-                 too, not {target}"
-            )),
-            _ => Ok(Self(format!("{published}/{protocol}"))),
+        match target.filter(|target| *target != published) {
+            Some(target) => Ok(Self(format!("{published}:{target}/{protocol}"))),
+            None => Ok(Self(format!("{published}/{protocol}"))),
         }
+    }
+}
+
+impl Publish {
+    /// Whether these are the ports that are published there, wherever they go.
+    fn is(&self, published: &str) -> bool {
+        let clients = |port: &str| {
+            let (ports, protocol) = port.split_once('/')?;
+            Some((ports.split(':').next()?.to_owned(), protocol.to_owned()))
+        };
+        clients(&self.0) == clients(published)
     }
 }
 
@@ -361,7 +371,8 @@ impl Create {
             name: Some(self.name),
             vip: Some(self.vip),
             ports: Some(self.publish.into_iter().map(|publish| publish.0).collect()),
-            mode: (self.mode != Mode::Dsr).then_some(self.mode),
+            mode: (self.mode != Mode::default()).then_some(self.mode),
+            allow: Some(self.allow).filter(|allow| !allow.is_empty()),
             vni: self.vni,
             vxlan_port: self.vxlan_port,
             mtu: self.mtu,
@@ -428,17 +439,31 @@ impl Update {
             spec.affinity_timeout_s = self.affinity_timeout;
         }
         let ports = spec.ports.get_or_insert_default();
-        for Publish(port) in &self.publish_rm {
-            let at = ports.iter().position(|published| published == port).ok_or_else(|| {
+        for gone in &self.publish_rm {
+            let at = ports.iter().position(|published| gone.is(published)).ok_or_else(|| {
                 let published = ports.join(", ");
                 miette!(
                     help = format!("it publishes {published}"),
-                    "{name} does not publish {port}"
+                    "{name} does not publish {}",
+                    gone.0
                 )
             })?;
             ports.remove(at);
         }
         ports.extend(self.publish_add.iter().map(|publish| publish.0.clone()));
+        let mut allow = spec.allow.take().unwrap_or_default();
+        for gone in &self.allow_rm {
+            let at = allow.iter().position(|network| network == gone).ok_or_else(|| {
+                let help = match &allow[..] {
+                    [] => "everybody may connect".to_owned(),
+                    some => format!("it allows {}", some.join(", ")),
+                };
+                miette!(help = help, "{name} does not allow {gone}")
+            })?;
+            allow.remove(at);
+        }
+        allow.extend(self.allow_add.iter().cloned());
+        spec.allow = Some(allow).filter(|allow| !allow.is_empty());
         for gone in &self.backend_rm {
             let at = position(spec, gone)?;
             spec.backends.remove(at);
@@ -525,8 +550,10 @@ mod tests {
         assert_eq!(publish("target=53,protocol=udp,published=53").unwrap(), "53/udp");
         assert_eq!(publish("80").unwrap(), "80/tcp");
         assert_eq!(publish("8000-8010/udp").unwrap(), "8000-8010/udp");
-        let error = publish("published=80,target=8080").unwrap_err();
-        assert!(error.contains("mode dsr") && error.contains("has to be 80 too"), "{error}");
+        assert_eq!(publish("published=80,target=8081").unwrap(), "80:8081/tcp");
+        assert_eq!(publish("80:8081").unwrap(), "80:8081/tcp");
+        let ranges = publish("published=8000-8010,target=9000-9010,protocol=udp").unwrap();
+        assert_eq!(ranges, "8000-8010:9000-9010/udp");
         for bad in ["target=80", "published=80,mode=host", "published=80,tcp"] {
             publish(bad).unwrap_err();
         }
@@ -579,6 +606,8 @@ mod tests {
             vip: None,
             publish_add: vec!["443/udp".parse().unwrap()],
             publish_rm: vec!["80".parse().unwrap()],
+            allow_add: vec!["192.0.2.0/24".to_owned()],
+            allow_rm: vec!["198.51.100.0/24".to_owned()],
             backend_drain: Vec::new(),
             deadline: None,
             backend_undrain: Vec::new(),
@@ -598,7 +627,8 @@ mod tests {
         let before = ServiceSpec {
             name: Some("web".to_owned()),
             vip: Some("203.0.113.1".to_owned()),
-            ports: Some(vec!["80/tcp".to_owned(), "81/tcp".to_owned()]),
+            ports: Some(vec!["80:8080/tcp".to_owned(), "81/tcp".to_owned()]),
+            allow: Some(vec!["198.51.100.0/24".to_owned()]),
             vni: Some(7),
             scheduler: Some(Scheduler::Source),
             affinity_timeout_s: Some(60),
@@ -607,7 +637,8 @@ mod tests {
         };
         let mut spec = before.clone();
         update(&["web-1"], &["web-2=0"]).apply(&mut spec).unwrap();
-        assert_eq!(spec.ports.unwrap(), ["81/tcp", "443/udp"]);
+        assert_eq!(spec.ports.unwrap(), ["81/tcp", "443/udp"], "whatever 80 went to");
+        assert_eq!(spec.allow.unwrap(), ["192.0.2.0/24"]);
         assert_eq!((spec.vip, spec.vni), (before.vip.clone(), before.vni));
         assert_eq!(spec.scheduler, Some(Scheduler::LeastConnections));
         assert_eq!(spec.affinity_timeout_s, None, "it was of no use to another scheduler");

@@ -9,7 +9,10 @@ use toml::Spanned;
 use utoipa::ToSchema;
 
 use super::{CheckKind, CopyMode, HugePages, Idle, LocalLink, XdpMode};
-use crate::health::{AllDown, OnDown};
+use crate::{
+    desired::Mode,
+    health::{AllDown, OnDown},
+};
 
 /// A key that may be there, and where.
 pub type Key<T> = Option<Spanned<T>>;
@@ -25,6 +28,7 @@ pub struct File {
     pub maglev: Maglev,
     pub limits: Limits,
     pub next_hop: Vec<Spanned<NextHop>>,
+    pub overlay: Vec<Spanned<Overlay>>,
     pub service: Vec<Spanned<Service>>,
 }
 
@@ -122,6 +126,17 @@ pub struct NextHop {
     pub mtu: Key<i64>,
 }
 
+/// `[[overlay]]`
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, expecting = "a table, [[overlay]]")]
+pub struct Overlay {
+    pub vni: Key<i64>,
+    pub addresses: Key<Vec<Spanned<String>>>,
+    pub mac: Key<String>,
+    pub mtu: Key<i64>,
+    pub port: Key<i64>,
+}
+
 /// `[[service]]`
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default, expecting = "a table, [[service]]")]
@@ -130,6 +145,7 @@ pub struct Service {
     pub vip: Key<String>,
     pub ports: Key<Vec<Spanned<String>>>,
     pub mode: Key<Mode>,
+    pub allow: Key<Vec<Spanned<String>>>,
     pub vni: Key<i64>,
     pub vxlan_port: Key<i64>,
     pub mtu: Key<i64>,
@@ -177,16 +193,6 @@ pub struct Backend {
     pub udp_checksum: Option<bool>,
     pub target_port: Key<i64>,
     pub address: Key<String>,
-}
-
-/// Modes that can be written, not all of which exist yet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum Mode {
-    /// Direct server return.
-    Dsr,
-    /// Network address translation: not supported yet.
-    Nat,
 }
 
 /// How new connections are placed. Each has the names that IPVS has for it, too.

@@ -1,6 +1,6 @@
 //! `[service.health]` to what is done: which keys a check has, and what they may be.
 
-use std::{net::IpAddr, ops::RangeInclusive, time::Duration};
+use std::{ops::RangeInclusive, time::Duration};
 
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
@@ -12,7 +12,7 @@ use super::{
     settings::number,
 };
 use crate::{
-    desired::{Protocol, ServicePort},
+    desired::{PortMapping, Protocol, ServicePort},
     health::{AllDown, Check, Exchange, Health, Http, OnDown, Pace, Probe, Verify},
 };
 
@@ -85,7 +85,7 @@ impl CheckKind {
 /// `None` if something is missing or wrong, which has then been reported.
 pub fn health(
     written: &Spanned<file::Health>,
-    published: &[ServicePort],
+    published: &[PortMapping],
     report: &mut Report,
 ) -> Option<Health> {
     let keys = written.get_ref();
@@ -149,10 +149,14 @@ fn only_its_keys(kind: CheckKind, written: &Spanned<file::Health>, report: &mut 
 fn port(
     kind: CheckKind,
     written: &Spanned<file::Health>,
-    published: &[ServicePort],
+    published: &[PortMapping],
     report: &mut Report,
 ) -> Option<ServicePort> {
-    let over = |protocol| published.iter().find(|port| port.protocol == protocol).copied();
+    // Only clients' packets are translated.
+    let over = |protocol| {
+        let of = published.iter().find(|port| port.published.protocol == protocol);
+        of.map(|port| ServicePort { port: port.target, protocol })
+    };
     let first = kind.protocols().iter().find_map(|protocol| over(*protocol));
     let Some(key) = &written.get_ref().port else {
         // Without any port the service itself is wrong, and that has been said.
@@ -174,7 +178,8 @@ fn port(
     if kind != CheckKind::Tunnel || port == 0 {
         return kind.protocols().first().map(with);
     }
-    let found = kind.protocols().iter().map(with).find(|port| published.contains(port));
+    let publishes = |port: &ServicePort| published.iter().any(|mapping| mapping.published == *port);
+    let found = kind.protocols().iter().map(with).find(publishes);
     if found.is_none() {
         let message =
             format!("`port` is {port}, which the service does not publish over tcp or udp");
@@ -254,21 +259,6 @@ fn status_range(text: &str) -> Option<RangeInclusive<u16>> {
     fits.then_some(first..=last)
 }
 
-/// Where a backend is checked.
-pub fn address(
-    written: &Spanned<file::Backend>,
-    vip: Option<IpAddr>,
-    report: &mut Report,
-) -> Option<IpAddr> {
-    let key = written.get_ref().address.as_ref()?;
-    let address = super::settings::address("address", key, report)?;
-    if vip == Some(address) {
-        let message = format!("`address` is {address}, the VIP");
-        report.error(key.span(), message, "the server's own address: the VIP leads to any backend");
-    }
-    Some(address)
-}
-
 /// All but tunnels lead to an address of the backend's own.
 pub fn is_reached(kind: &Key<CheckKind>, written: &Spanned<file::Backend>, report: &mut Report) {
     let Some(kind) = kind.as_ref().map(|kind| *kind.get_ref()) else { return };
@@ -289,7 +279,8 @@ pub struct HealthSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(required = true, nullable = false)]
     pub check: Option<CheckKind>,
-    /// The port: the first one that is published over the check's protocol if left out.
+    /// The port: the first one that is published over the check's protocol if left out; in mode `nat` the
+    /// one that it is translated to.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 65535)]
     pub port: Option<i64>,

@@ -7,17 +7,19 @@ use dataplane::{
     connections::Timeouts,
     wire::{ethernet::MacAddr, vxlan},
 };
+use ipnet::IpNet;
 use toml::Spanned;
 
 use super::{
     Limits, Maglev, NextHop,
-    file::{self, Key, Mode as WrittenMode, Scheduler as Written},
+    file::{self, Key, Scheduler as Written},
     finding::{Report, Span},
-    health,
+    health::{self, CheckKind},
     settings::{self, MAX_TABLE_SIZE, number, prime_from},
 };
 use crate::desired::{
-    Backend, Desired, Drain, Mode, Owner, Protocol, Scheduler, Service, ServicePort, Vni,
+    Backend, Drain, Mode, OutOfMesh, Overlay, Owner, PortMapping, Protocol, Scheduler, Service,
+    ServicePort, Vip, Vni, container_mac, tunnel_port,
 };
 
 /// Largest share of new connections that one backend can have.
@@ -39,7 +41,7 @@ struct Published {
     names: HashMap<String, Span>,
     owners: Vec<String>,
     /// By whom, as an index into `owners` (names may be wrongly the same), and where.
-    ports: HashMap<(IpAddr, ServicePort), (usize, Span)>,
+    ports: HashMap<(Vip, ServicePort), (usize, Span)>,
     vips: HashMap<IpAddr, String>,
     vteps: Vec<(IpAddr, Span)>,
     backends: usize,
@@ -54,11 +56,12 @@ impl Published {
 
 pub fn services(
     written: &[Spanned<file::Service>],
+    overlays: &[Overlay],
     node_vteps: Vec<(IpAddr, Span)>,
     maglev: &Maglev,
     limits: &Limits,
     report: &mut Report,
-) -> Desired {
+) -> Vec<Arc<Service>> {
     let mut published = Published { vteps: node_vteps, ..Published::default() };
     let services = written
         .iter()
@@ -67,12 +70,15 @@ pub fn services(
             let service = service(written, &mut published, report);
             within_limits(before, published.counts(), written.span(), limits, report);
             let service = service?;
+            if service.mode == Mode::Nat {
+                in_mesh(&service, written.get_ref(), overlays, report);
+            }
             warn(&service, written.span(), maglev, report);
             Some(Arc::new(service))
         })
         .collect();
     no_vtep_is_a_vip(&published, report);
-    Desired { services }
+    services
 }
 
 /// A service by itself. What it may not share with others is for others to find out.
@@ -100,13 +106,13 @@ fn service(
     let name = required(&keys.name, "service", "name = \"web\"", &at, report)
         .and_then(|key| Some((settings::name("name", key, report)?, key.span())));
     let vip = required(&keys.vip, "service", "vip = \"192.0.2.10\"", &at, report)
-        .and_then(|key| settings::address("vip", key, report));
+        .and_then(|key| vip(key, report));
     let ports = required(&keys.ports, "service", "ports = [\"80/tcp\"]", &at, report)
         .map(|key| ports(key, report));
-    if let Some(key) = &keys.mode
-        && let WrittenMode::Nat = key.get_ref()
-    {
-        report.error(key.span(), "mode `nat` is not supported yet", "\"dsr\" is");
+    let mode = keys.mode.as_ref().map(|key| *key.get_ref()).unwrap_or_default();
+    match mode {
+        Mode::Dsr => only_nat_can(keys, ports.as_deref().unwrap_or(&[]), report),
+        Mode::Nat => no_nat_can(keys, ports.as_deref().unwrap_or(&[]), report),
     }
 
     if let Some((name, span)) = &name
@@ -121,7 +127,8 @@ fn service(
     let ports = ports.map(|ports| ports.into_iter().map(|(port, _)| port).collect::<Vec<_>>());
     let listed = ports.as_deref().unwrap_or(&[]);
     let scheduler = scheduler(keys, listed, report);
-    let backends = backends(keys, vip, listed, published, report);
+    let allow = keys.allow.as_ref().map_or_else(Vec::new, |key| allow(key, report));
+    let backends = backends(keys, (mode, vip), listed, published, report);
     let health = keys.health.as_ref().and_then(|key| health::health(key, listed, report));
     Some(Service {
         owner: Owner::File,
@@ -129,7 +136,8 @@ fn service(
         name: name?.0,
         vip: vip?,
         ports: ports?,
-        mode: Mode::Dsr,
+        mode,
+        allow,
         scheduler,
         // One that is wrong has been reported.
         health,
@@ -137,7 +145,110 @@ fn service(
     })
 }
 
-fn scheduler(service: &file::Service, ports: &[ServicePort], report: &mut Report) -> Scheduler {
+/// The word `node`, or an address.
+fn vip(written: &Spanned<String>, report: &mut Report) -> Option<Vip> {
+    match written.get_ref().as_str() {
+        "node" => Some(Vip::Node),
+        _ => settings::address("vip", written, report).map(Vip::Address),
+    }
+}
+
+/// In DSR the packet arrives as the client sent it, and the backend answers it by itself.
+fn only_nat_can(service: &file::Service, ports: &[(PortMapping, Span)], report: &mut Report) {
+    if let Some(key) = service.vip.as_ref().filter(|key| key.get_ref() == "node") {
+        let message = "`vip` is `node`, and the mode is `dsr`";
+        report.error(key.span(), message, "an address, or `mode = \"nat\"`");
+    }
+    let translated = |(port, _): &&(PortMapping, Span)| port.target != port.published.port;
+    if let Some((port, span)) = ports.iter().find(translated) {
+        let (published, target) = (port.published.port, port.target);
+        report.error(
+            span.clone(),
+            format!("{published} is published and {target} its target, and the mode is `dsr`"),
+            "the same port, for `dsr` can't translate; or `mode = \"nat\"`",
+        );
+    }
+    if let Some(key) = &service.allow {
+        let message = "`allow` is set, and the mode is `dsr`";
+        report.error(key.span(), message, "leave it out, or have `mode = \"nat\"`");
+    }
+}
+
+/// What makes no sense where packets are translated.
+fn no_nat_can(service: &file::Service, ports: &[(PortMapping, Span)], report: &mut Report) {
+    let is_sctp = |(port, _): &&(PortMapping, Span)| port.published.protocol == Protocol::Sctp;
+    if let Some((port, span)) = ports.iter().find(is_sctp) {
+        let message = format!("{} is published, and the mode is `nat`", port.published);
+        report.error(
+            span.clone(),
+            message,
+            "tcp or udp: SCTP can't be translated, only sent by `dsr`",
+        );
+    }
+    let check = service.health.as_ref().and_then(|key| key.get_ref().check.as_ref());
+    if let Some(key) = check.filter(|key| *key.get_ref() == CheckKind::Tunnel) {
+        report.error(
+            key.span(),
+            "`check` is `tunnel`, and the mode is `nat`",
+            "tcp, http, https or udp: no backend has the VIP that a check through the tunnel goes to",
+        );
+    }
+}
+
+/// Whether its backends are in overlays that this node is in.
+fn in_mesh(service: &Service, written: &file::Service, overlays: &[Overlay], report: &mut Report) {
+    if let (Some(port), Some(key)) = (tunnel_port(service, overlays), &written.ports) {
+        let message = format!("{port}/udp of this node is published, where its tunnels end");
+        report.error(key.span(), message, "another port");
+    }
+    for backend in &service.backends {
+        let Err(why) = Overlay::of(backend, overlays) else { continue };
+        let is_it = |written: &&Spanned<file::Backend>| {
+            written.get_ref().name.as_ref().is_some_and(|name| *name.get_ref() == backend.name)
+        };
+        let at = written.backend.iter().find(is_it).map(Spanned::span).unwrap_or_default();
+        let remedy = match why {
+            OutOfMesh::NoOverlay { vni } => {
+                format!(
+                    "add [[overlay]] with `vni = {vni}` and an address of its own for this node"
+                )
+            }
+            OutOfMesh::OtherPort { .. } => "the same `port` in both".to_owned(),
+            OutOfMesh::Ours { .. } => "the server's own address".to_owned(),
+            OutOfMesh::OtherFamily { .. } => "add one of its family to `addresses`".to_owned(),
+        };
+        report.error(at, format!("`{}` can't be reached by nat: {why}", backend.name), remedy);
+    }
+}
+
+/// Whose connections are accepted.
+fn allow(written: &Spanned<Vec<Spanned<String>>>, report: &mut Report) -> Vec<IpNet> {
+    if written.get_ref().is_empty() {
+        let message = "`allow` is empty, so that nobody could connect";
+        report.error(written.span(), message, "leave it out to let everybody in");
+    }
+    written.get_ref().iter().filter_map(|written| network(written, report)).collect()
+}
+
+/// `192.0.2.0/24`, or one address.
+fn network(written: &Spanned<String>, report: &mut Report) -> Option<IpNet> {
+    let text = written.get_ref();
+    let one = || text.parse::<IpAddr>().ok().map(IpNet::from);
+    let Some(network) = text.parse::<IpNet>().ok().or_else(one) else {
+        let message = format!("`{text}` is not a network");
+        report.error(written.span(), message, "as in \"192.0.2.0/24\" or \"2001:db8::/32\"");
+        return None;
+    };
+    if network.trunc() != network {
+        let message = format!("`{text}` has bits set behind its prefix");
+        let (all, host) = (network.trunc(), network.addr());
+        report.error(written.span(), message, format!("{all} for all of it, or {host}"));
+        return None;
+    }
+    Some(network)
+}
+
+fn scheduler(service: &file::Service, ports: &[PortMapping], report: &mut Report) -> Scheduler {
     let written = service.scheduler.as_ref().map(|key| *key.get_ref()).unwrap_or_default();
     let timeout = (AFFINITY_TIMEOUT_S, 0..=Timeouts::MAX_AFFINITY_S);
     let timeout_s = number("affinity_timeout_s", &service.affinity_timeout_s, timeout, report);
@@ -148,7 +259,8 @@ fn scheduler(service: &file::Service, ports: &[ServicePort], report: &mut Report
         report.error(key.span(), message, "leave it out, or have `scheduler = \"source\"`");
     }
     // They place what begins, and SCTP's first packet is not told from its others.
-    let sctp = ports.iter().find(|port| port.protocol == Protocol::Sctp);
+    let mut published = ports.iter().map(|port| port.published);
+    let sctp = published.find(|port| port.protocol == Protocol::Sctp);
     if let (Some(key), Some(port)) = (&service.scheduler, sctp)
         && let Written::RoundRobin | Written::LeastConnections = written
     {
@@ -167,27 +279,31 @@ fn scheduler(service: &file::Service, ports: &[ServicePort], report: &mut Report
 /// Nobody else may have published the ports.
 fn claim(
     service: &str,
-    vip: IpAddr,
-    ports: &[(ServicePort, Span)],
+    vip: Vip,
+    ports: &[(PortMapping, Span)],
     published: &mut Published,
     report: &mut Report,
 ) {
-    published.vips.entry(vip).or_insert_with(|| service.to_owned());
+    if let Some(address) = vip.address() {
+        published.vips.entry(address).or_insert_with(|| service.to_owned());
+    }
     published.owners.push(service.to_owned());
     let this = published.owners.len() - 1;
     let mut reported = None;
-    for (port, span) in ports {
+    for (PortMapping { published: port, .. }, span) in ports {
         let claim = (this, span.clone());
         let Some((owner, first)) = published.ports.insert((vip, *port), claim) else { continue };
         // Two ranges that overlap are one mistake, not a thousand.
         if reported.replace(span) == Some(span) {
             continue;
         }
-        let port = format!("{}/{}", port.port, port.protocol);
         let (message, remedy) = if owner == this {
             (format!("{port} is published twice"), "leave it out here".to_owned())
         } else {
-            let message = format!("{port} of {vip} is published by two services");
+            let message = match vip {
+                Vip::Address(vip) => format!("{port} of {vip} is published by two services"),
+                Vip::Node => format!("{port} of this node is published by two services"),
+            };
             let owner = &published.owners[owner];
             (message, format!("another port or VIP, for `{owner}` has this one"))
         };
@@ -197,12 +313,13 @@ fn claim(
 
 fn backends(
     service: &file::Service,
-    vip: Option<IpAddr>,
-    ports: &[ServicePort],
+    (mode, vip): (Mode, Option<Vip>),
+    ports: &[PortMapping],
     published: &mut Published,
     report: &mut Report,
 ) -> Vec<Backend> {
     let defaults = Defaults {
+        mode,
         vni: service.vni.as_ref().map(|key| vni(key, report)),
         port: port("vxlan_port", &service.vxlan_port, vxlan::PORT, report),
         mtu: mtu(&service.mtu, vip, report),
@@ -223,8 +340,8 @@ fn backends(
             let message = format!("two backends of the service are named `{}`", key.get_ref());
             report.conflict(key.span(), message, "choose another name", first);
         }
-        direct(written.get_ref(), ports, report);
-        if let Some(key) = &service.health {
+        hits(written.get_ref(), mode, ports, report);
+        if let (Mode::Dsr, Some(key)) = (mode, &service.health) {
             health::is_reached(&key.get_ref().check, written, report);
         }
         backends.extend(backend(written, &defaults, published, report));
@@ -239,11 +356,12 @@ fn backends(
 /// What a service says for those of its backends that say nothing. `Some(None)` is a VNI that is
 /// wrong.
 struct Defaults {
+    mode: Mode,
     vni: Option<Option<Vni>>,
     port: u16,
     mtu: Option<u16>,
     udp_checksum: Option<bool>,
-    vip: Option<IpAddr>,
+    vip: Option<Vip>,
 }
 
 fn backend(
@@ -258,8 +376,16 @@ fn backend(
         .and_then(|key| settings::name("name", key, report));
     let vtep = required(&keys.vtep, "backend", "vtep = \"192.0.2.1\"", &at, report)
         .and_then(|key| Some((settings::address("vtep", key, report)?, key.span())));
-    let mac = required(&keys.mac, "backend", "mac = \"02:42:0a:00:00:02\"", &at, report)
-        .and_then(|key| mac(key, report));
+    let address = match defaults.mode {
+        Mode::Dsr => keys.address.as_ref(),
+        Mode::Nat => required(&keys.address, "backend", "address = \"10.1.0.2\"", &at, report),
+    };
+    let address = address.and_then(|key| address_of_backend(key, defaults, report));
+    let mac = match (&keys.mac, address.filter(|_| defaults.mode == Mode::Nat)) {
+        (None, Some(IpAddr::V4(address))) => Some(container_mac(address)),
+        (key, _) => required(key, "backend", "mac = \"02:42:0a:00:00:02\"", &at, report)
+            .and_then(|key| mac(key, report)),
+    };
     let drain = keys.drain_until.as_ref().and_then(|key| drain(key, report));
     let weight = number("weight", &keys.weight, (1, 0..=MAX_WEIGHT), report);
     let weight = if drain.is_some() { 0 } else { weight };
@@ -267,8 +393,10 @@ fn backend(
     let port = port("port", &keys.port, defaults.port, report);
     let mtu = mtu(&keys.mtu, defaults.vip, report).or(defaults.mtu);
     let udp_checksum = keys.udp_checksum.or(defaults.udp_checksum);
-    let address = health::address(written, defaults.vip, report);
     published.vteps.extend(vtep.clone());
+    if defaults.mode == Mode::Nat {
+        address?;
+    }
     let vtep = vtep?.0;
     Some(Backend {
         name: name?,
@@ -294,20 +422,49 @@ fn drain(written: &Spanned<String>, report: &mut Report) -> Option<Drain> {
     drain
 }
 
-/// In DSR the packet arrives as the client sent it: no port can be translated.
-fn direct(backend: &file::Backend, ports: &[ServicePort], report: &mut Report) {
+/// The address that is checked in any mode, and translated to in `nat`.
+fn address_of_backend(
+    key: &Spanned<String>,
+    defaults: &Defaults,
+    report: &mut Report,
+) -> Option<IpAddr> {
+    let address = settings::address("address", key, report)?;
+    if defaults.vip == Some(Vip::Address(address)) {
+        let message = format!("`address` is {address}, the VIP");
+        report.error(key.span(), message, "the server's own address: the VIP leads to any backend");
+    }
+    let v6 = defaults.vip.is_some_and(Vip::is_ipv6);
+    if defaults.mode == Mode::Nat && address.is_ipv6() != v6 {
+        let (family, vip) = if v6 { ("IPv6", "IPv6") } else { ("IPv4", "IPv4") };
+        let message = format!("`address` is {address}, and the VIP an {vip} address");
+        report.error(key.span(), message, format!("the server's {family} address"));
+    }
+    Some(address)
+}
+
+/// `target_port` has to say what the ports say anyway: one number can't stand for several.
+fn hits(backend: &file::Backend, mode: Mode, ports: &[PortMapping], report: &mut Report) {
     let Some(key) = &backend.target_port else { return };
     // 0 stands for a number that is out of range, and reported as such.
     let target = number("target_port", &backend.target_port, (0, 1..=u16::MAX), report);
-    let other = ports.iter().find(|published| target != 0 && published.port != target);
-    if let Some(other) = other {
-        let message = format!("`target_port` is {target}, but {} is published", other.port);
-        report.error(
-            key.span(),
-            message,
-            format!("listen on {}: mode `dsr` keeps ports, another needs `nat`", other.port),
-        );
-    }
+    let Some(other) = ports.iter().find(|port| target != 0 && port.target != target) else {
+        return;
+    };
+    let published = other.published.port;
+    let (message, remedy) = match mode {
+        Mode::Dsr => (
+            format!("`target_port` is {target}, but {published} is published"),
+            format!("listen on {published}: mode `dsr` keeps ports, another needs `nat`"),
+        ),
+        Mode::Nat => (
+            format!("`target_port` is {target}, but {published} goes to {}", other.target),
+            format!(
+                "leave it out, and publish \"{published}:{target}/{}\"",
+                other.published.protocol
+            ),
+        ),
+    };
+    report.error(key.span(), message, remedy);
 }
 
 pub fn next_hops(written: &[Spanned<file::NextHop>], report: &mut Report) -> Vec<NextHop> {
@@ -392,7 +549,7 @@ fn warn(service: &Service, at: Span, maglev: &Maglev, report: &mut Report) {
 }
 
 /// The key, or an error that shows how to write it.
-fn required<'a, T>(
+pub fn required<'a, T>(
     key: &'a Key<T>,
     table: &str,
     example: &str,
@@ -408,35 +565,54 @@ fn required<'a, T>(
 }
 
 /// The ports, each with the place of the string that names it.
-fn ports(written: &Spanned<Vec<Spanned<String>>>, report: &mut Report) -> Vec<(ServicePort, Span)> {
+fn ports(written: &Spanned<Vec<Spanned<String>>>, report: &mut Report) -> Vec<(PortMapping, Span)> {
     if written.get_ref().is_empty() {
         report.error(written.span(), "no port is published", "at least one, as in [\"80/tcp\"]");
     }
     let mut all = Vec::new();
     for written in written.get_ref() {
-        let Some((range, protocol)) = port_range(written.get_ref()) else {
+        let Some((published, targets, protocol)) = port_mapping(written.get_ref()) else {
             report.error(
                 written.span(),
                 format!("`{}` is not a port", written.get_ref()),
-                "1 to 65535 over tcp, udp or sctp, as in \"80/tcp\" or \"8000-8010/udp\"",
+                "1 to 65535 over tcp, udp or sctp, as in \"80/tcp\", \"8000-8010/udp\" or \"80:8080/tcp\"",
             );
             continue;
         };
-        all.extend(range.map(|port| (ServicePort { port, protocol }, written.span())));
+        if published.len() != targets.len() {
+            let message = format!(
+                "`{}` publishes {} ports, and has {} targets",
+                written.get_ref(),
+                published.len(),
+                targets.len()
+            );
+            report.error(written.span(), message, "as many, as in \"8000-8010:9000-9010/tcp\"");
+            continue;
+        }
+        all.extend(published.zip(targets).map(|(port, target)| {
+            (PortMapping { published: ServicePort { port, protocol }, target }, written.span())
+        }));
     }
     all
 }
 
-/// `80/tcp` or `8000-8010/tcp`.
-fn port_range(text: &str) -> Option<(RangeInclusive<u16>, Protocol)> {
+type Ports = RangeInclusive<u16>;
+
+/// `80/tcp`, `8000-8010/tcp`, `80:8080/tcp` or `8000-8010:9000-9010/tcp`: published, and targets.
+fn port_mapping(text: &str) -> Option<(Ports, Ports, Protocol)> {
     let (ports, protocol) = text.split_once('/')?;
-    let protocol = protocol.parse().ok()?;
-    let (first, last) = ports.split_once('-').unwrap_or((ports, ports));
-    let (first, last) = (first.parse().ok()?, last.parse().ok()?);
-    (0 < first && first <= last).then_some((first..=last, protocol))
+    let (published, targets) = ports.split_once(':').unwrap_or((ports, ports));
+    Some((port_range(published)?, port_range(targets)?, protocol.parse().ok()?))
 }
 
-fn mac(written: &Spanned<String>, report: &mut Report) -> Option<MacAddr> {
+/// `80` or `8000-8010`.
+fn port_range(text: &str) -> Option<Ports> {
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    let (first, last) = (first.parse().ok()?, last.parse().ok()?);
+    (0 < first && first <= last).then_some(first..=last)
+}
+
+pub fn mac(written: &Spanned<String>, report: &mut Report) -> Option<MacAddr> {
     let text = written.get_ref();
     let Ok(mac) = text.parse::<MacAddr>() else {
         let message = format!("`mac` is `{text}`, which is not a MAC address");
@@ -451,7 +627,7 @@ fn mac(written: &Spanned<String>, report: &mut Report) -> Option<MacAddr> {
     Some(mac)
 }
 
-fn vni(written: &Spanned<i64>, report: &mut Report) -> Option<Vni> {
+pub fn vni(written: &Spanned<i64>, report: &mut Report) -> Option<Vni> {
     let vni = u32::try_from(*written.get_ref()).ok().and_then(Vni::new);
     if vni.is_none() {
         let message = format!("`vni` is {}, which does not fit in 24 bits", written.get_ref());
@@ -460,12 +636,12 @@ fn vni(written: &Spanned<i64>, report: &mut Report) -> Option<Vni> {
     vni
 }
 
-fn port(key: &str, written: &Key<i64>, default: u16, report: &mut Report) -> u16 {
+pub fn port(key: &str, written: &Key<i64>, default: u16, report: &mut Report) -> u16 {
     number(key, written, (default, 1..=u16::MAX), report)
 }
 
-fn mtu(written: &Key<i64>, vip: Option<IpAddr>, report: &mut Report) -> Option<u16> {
-    let least = if vip.is_some_and(|vip| vip.is_ipv6()) { MIN_MTU_IPV6 } else { MIN_MTU_IPV4 };
+pub fn mtu(written: &Key<i64>, vip: Option<Vip>, report: &mut Report) -> Option<u16> {
+    let least = if vip.is_some_and(Vip::is_ipv6) { MIN_MTU_IPV6 } else { MIN_MTU_IPV4 };
     written.as_ref()?;
     Some(number("mtu", written, (least, least..=MAX_MTU), report))
 }

@@ -9,17 +9,19 @@ use toml::Spanned;
 
 use utoipa::{
     ToSchema,
-    openapi::schema::{ArrayBuilder, ObjectBuilder, OneOfBuilder, Schema, SchemaFormat, Type},
+    openapi::schema::{
+        ArrayBuilder, ObjectBuilder, OneOf, OneOfBuilder, Schema, SchemaFormat, Type,
+    },
 };
 
-pub use super::file::{Mode, Scheduler};
+pub use super::file::Scheduler;
 use super::{
     HealthSpec, Maglev,
     file::{self, Key},
     finding::{Finding, Report},
     services,
 };
-use crate::desired::{self, Service, port_ranges};
+use crate::desired::{self, Mode, Service, port_ranges};
 
 /// A service: what clients connect to, and who serves them. The keys are those of `[[service]]` in the
 /// configuration file.
@@ -35,17 +37,22 @@ pub struct ServiceSpec {
         pattern = "^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
     )]
     pub name: Option<String>,
-    /// The virtual address, IPv4 or IPv6.
+    /// The virtual address, IPv4 or IPv6; or `node`, in mode `nat`: every IPv4 address of the node.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(required = true, schema_with = address)]
+    #[schema(required = true, schema_with = vip)]
     pub vip: Option<String>,
-    /// Ports over tcp, udp or sctp, and ranges of them, as in `8000-8010/udp`.
+    /// Ports over tcp, udp or sctp, and ranges of them, as in `8000-8010/udp`. In mode `nat` with the ports
+    /// that the servers listen on, if these are others, as in `80:8080/tcp`.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(required = true, schema_with = ports)]
     pub ports: Option<Vec<String>>,
     /// How packets get to the backends: `dsr` if left out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mode: Option<Mode>,
+    /// Mode `nat`: whose new connections are accepted, networks and addresses. Everybody's if left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(example = json!(null), min_items = 1)]
+    pub allow: Option<Vec<String>>,
     /// The VXLAN network identifier of its backends. Required here or at each of them.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 0, maximum = 16777215, example = 100)]
@@ -91,11 +98,10 @@ pub struct BackendSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(required = true, schema_with = address)]
     pub vtep: Option<String>,
-    /// The MAC address of the vxlan device there.
+    /// The MAC address of the vxlan device there. Required in mode `dsr`; in mode `nat` that of what has its
+    /// `address`: `02:42:` and the bytes of an IPv4 address, as Docker gives it, if left out.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(
-        required = true,
-        nullable = false,
         example = "02:42:0a:00:00:02",
         pattern = "^[0-9A-Fa-f][02468ACEace](:[0-9A-Fa-f]{2}){5}$"
     )]
@@ -127,11 +133,12 @@ pub struct BackendSpec {
     /// Whether its outer UDP checksum is computed, if not as the service says.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub udp_checksum: Option<bool>,
-    /// The port that the server listens on. Mode `dsr` can't translate: only the published one will do.
+    /// The port that the server listens on: has to be what the service's `ports` say.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 65535, example = json!(null))]
     pub target_port: Option<i64>,
-    /// Where it is checked: the server's own address. Required for all checks but `tunnel`.
+    /// The server's own address: where it is checked, and required for all checks but `tunnel`. In mode `nat`
+    /// always required: its address in the overlay, which packets are translated to.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(schema_with = address)]
     pub address: Option<String>,
@@ -139,21 +146,32 @@ pub struct BackendSpec {
 
 /// An IPv4 or IPv6 address, in the document.
 fn address() -> Schema {
+    families().into()
+}
+
+fn families() -> OneOf {
     let family = |format: &str, example: &str| {
         let text = ObjectBuilder::new().schema_type(Type::String);
         text.format(Some(SchemaFormat::Custom(format.to_owned()))).examples([example])
     };
-    let families = OneOfBuilder::new()
+    OneOfBuilder::new()
         .item(family("ipv4", "203.0.113.20"))
-        .item(family("ipv6", "2001:db8::20"));
-    families.into()
+        .item(family("ipv6", "2001:db8::20"))
+        .build()
+}
+
+/// What a service can be published on, in the document.
+fn vip() -> Schema {
+    let node = ObjectBuilder::new().schema_type(Type::String).enum_values(Some(["node"]));
+    OneOfBuilder::from(families()).item(node).into()
 }
 
 /// Published ports, in the document.
 fn ports() -> Schema {
     let number =
         "([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])";
-    let pattern = format!("^{number}(-{number})?/(tcp|udp|sctp)$");
+    let range = format!("{number}(-{number})?");
+    let pattern = format!("^{range}(:{range})?/(tcp|udp|sctp)$");
     let port = ObjectBuilder::new().schema_type(Type::String).pattern(Some(pattern));
     ArrayBuilder::new().items(port).min_items(Some(1)).examples([json!(["80/tcp"])]).into()
 }
@@ -236,7 +254,9 @@ impl From<&Service> for ServiceSpec {
             name: Some(service.name.clone()),
             vip: Some(service.vip.to_string()),
             ports: Some(port_ranges(&service.ports)),
-            mode: Some(Mode::Dsr),
+            mode: Some(service.mode),
+            allow: (!service.allow.is_empty())
+                .then(|| service.allow.iter().map(ToString::to_string).collect()),
             vni: common.map(number),
             vxlan_port: None,
             mtu: None,
@@ -272,11 +292,18 @@ impl Places {
         });
         let numbered = spec.backends.iter().enumerate();
         let backends = numbered.map(|(i, backend)| self.backend(i, backend)).collect();
+        let allow = spec.allow.as_ref().map(|allow| {
+            let numbered = allow.iter().enumerate();
+            let each = numbered.map(|(i, net)| self.place(format!("/allow/{i}"), net.clone()));
+            let each = each.collect();
+            self.place("/allow".to_owned(), each)
+        });
         let service = file::Service {
             name: self.key("", "name", &spec.name),
             vip: self.key("", "vip", &spec.vip),
             ports,
             mode: self.key("", "mode", &spec.mode),
+            allow,
             vni: self.key("", "vni", &spec.vni),
             vxlan_port: self.key("", "vxlan_port", &spec.vxlan_port),
             mtu: self.key("", "mtu", &spec.mtu),

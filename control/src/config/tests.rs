@@ -4,7 +4,9 @@
 use std::{collections::BTreeSet, sync::Arc};
 
 use super::*;
-use crate::desired::{Backend, Mode, Owner, Protocol, Scheduler, Service, ServicePort, Vni};
+use crate::desired::{
+    Backend, Mode, Owner, PortMapping, Protocol, Scheduler, Service, ServicePort, Vip, Vni,
+};
 
 const EXAMPLE: &str = include_str!("../../../config/example.toml");
 
@@ -61,7 +63,7 @@ fn spoiled(good: &str, bad: &str) -> String {
 #[test]
 fn a_service_as_a_user_writes_it_is_understood() {
     let (config, warnings) = parse(GOOD);
-    let port = |port, protocol| ServicePort { port, protocol };
+    let port = |port, protocol| PortMapping::from(ServicePort { port, protocol });
     assert!(warnings.is_empty());
     assert_eq!(config.node.name, "n1");
     assert_eq!(config.node.interfaces, ["eth0"]);
@@ -72,13 +74,14 @@ fn a_service_as_a_user_writes_it_is_understood() {
             owner: Owner::File,
             written: None,
             name: "web".to_owned(),
-            vip: "203.0.113.10".parse().unwrap(),
+            vip: Vip::Address("203.0.113.10".parse().unwrap()),
             ports: vec![
                 port(80, Protocol::Tcp),
                 port(443, Protocol::Tcp),
                 port(443, Protocol::Udp)
             ],
             mode: Mode::Dsr,
+            allow: Vec::new(),
             scheduler: Scheduler::Maglev,
             health: None,
             backends: vec![Backend {
@@ -216,7 +219,7 @@ fn a_ring_has_its_own_size_or_the_common_one() {
 #[test]
 fn a_range_publishes_each_of_its_ports() {
     let config = config(&spoiled(r#""80/tcp", "443/tcp""#, r#""65533-65535/tcp""#));
-    let ports: Vec<_> = config.desired.services[0].ports.iter().map(|port| port.port).collect();
+    let ports: Vec<_> = config.desired.services[0].ports.iter().map(|port| port.target).collect();
     assert_eq!(ports, [65533, 65534, 65535, 443]);
 }
 
@@ -493,22 +496,21 @@ fn a_service_that_cannot_be_is_refused_at_its_place() {
             "443/udp",
             "0/udp",
             "10:31: `0/udp` is not a port: \
-             1 to 65535 over tcp, udp or sctp, as in \"80/tcp\" or \"8000-8010/udp\"",
+             1 to 65535 over tcp, udp or sctp, as in \"80/tcp\", \"8000-8010/udp\" or \"80:8080/tcp\"",
         ),
         (
             "443/udp",
             "443",
             "10:31: `443` is not a port: \
-             1 to 65535 over tcp, udp or sctp, as in \"80/tcp\" or \"8000-8010/udp\"",
+             1 to 65535 over tcp, udp or sctp, as in \"80/tcp\", \"8000-8010/udp\" or \"80:8080/tcp\"",
         ),
         (
             "443/udp",
             "9-8/udp",
             "10:31: `9-8/udp` is not a port: \
-             1 to 65535 over tcp, udp or sctp, as in \"80/tcp\" or \"8000-8010/udp\"",
+             1 to 65535 over tcp, udp or sctp, as in \"80/tcp\", \"8000-8010/udp\" or \"80:8080/tcp\"",
         ),
         ("443/udp", "70-90/tcp", "10:31: 80/tcp is published twice: leave it out here"),
-        ("\"dsr\"", "\"nat\"", "11:8: mode `nat` is not supported yet: \"dsr\" is"),
         (
             "vni = 100",
             "vni = 16777216",
@@ -617,6 +619,184 @@ fn a_backend_that_cannot_be_is_refused_at_its_place() {
         ),
     ];
     check_spoiled(&cases);
+}
+
+/// A NAT service, and what it needs.
+const NAT: &str = r#"[[overlay]]
+vni = 100
+addresses = ["10.99.1.250", "10.99.1.251"]
+
+[[service]]
+name = "shop"
+vip = "node"
+ports = ["80:8081/tcp", "8000-8001:9000-9001/udp", "53/udp"]
+mode = "nat"
+allow = ["198.51.100.0/24", "192.0.2.7"]
+vni = 100
+
+[[service.backend]]
+name = "shop-1"
+vtep = "10.0.0.2"
+address = "10.99.1.2"
+"#;
+
+#[test]
+fn a_nat_service_says_where_packets_are_translated_to() {
+    let desired = config(NAT).desired;
+    let overlay = &desired.overlays[0];
+    assert_eq!(
+        overlay.addresses,
+        ["10.99.1.250", "10.99.1.251"].map(|a| a.parse::<IpAddr>().unwrap())
+    );
+    assert_eq!(overlay.mac.to_string(), "02:42:0a:63:01:fa");
+    assert_eq!((overlay.vni.get(), overlay.port, overlay.mtu), (100, 4789, None));
+    let service = &desired.services[0];
+    assert_eq!((service.mode, service.vip), (Mode::Nat, Vip::Node));
+    let port =
+        |port, target, protocol| PortMapping { published: ServicePort { port, protocol }, target };
+    assert_eq!(
+        service.ports,
+        [
+            port(80, 8081, Protocol::Tcp),
+            port(8000, 9000, Protocol::Udp),
+            port(8001, 9001, Protocol::Udp),
+            port(53, 53, Protocol::Udp),
+        ]
+    );
+    assert_eq!(service.allow, ["198.51.100.0/24", "192.0.2.7/32"].map(|n| n.parse().unwrap()));
+    let backend = &service.backends[0];
+    assert_eq!(backend.address, Some("10.99.1.2".parse().unwrap()));
+    assert_eq!(backend.mac.to_string(), "02:42:0a:63:01:02");
+    // As it is shown it means the same again.
+    let mut shown = ServiceSpec::from(&**service);
+    assert_eq!(shown.ports.as_ref().unwrap()[..2], ["80:8081/tcp", "8000-8001:9000-9001/udp"]);
+    shown.name = Some("shop".to_owned());
+    let (again, _) = shown.understand(&Maglev::default()).unwrap();
+    assert_eq!(Service { owner: Owner::File, written: None, ..again }, **service,);
+}
+
+#[test]
+fn a_nat_service_that_cannot_be_is_refused_with_what_would_be_right() {
+    let nat = |good: &str, bad: &str| {
+        assert_eq!(NAT.matches(good).count(), 1, "{good}");
+        NAT.replace(good, bad)
+    };
+    for (good, bad, expected) in [
+        (
+            "mode = \"nat\"\nallow = [\"198.51.100.0/24\", \"192.0.2.7\"]\n",
+            "",
+            "7:7: `vip` is `node`, and the mode is `dsr`: an address, or `mode = \"nat\"`",
+        ),
+        (
+            "mode = \"nat\"",
+            "",
+            "8:10: 80 is published and 8081 its target, and the mode is `dsr`: the same port, for \
+             `dsr` can't translate; or `mode = \"nat\"`",
+        ),
+        (
+            "mode = \"nat\"",
+            "",
+            "10:9: `allow` is set, and the mode is `dsr`: leave it out, or have `mode = \"nat\"`",
+        ),
+        (
+            "\"53/udp\"",
+            "\"53/sctp\"",
+            "8:52: 53/sctp is published, and the mode is `nat`: tcp or udp: SCTP can't be translated, \
+             only sent by `dsr`",
+        ),
+        (
+            "8000-8001:9000-9001",
+            "8000-8001:9000-9002",
+            "8:25: `8000-8001:9000-9002/udp` publishes 2 ports, and has 3 targets: as many, as in \
+             \"8000-8010:9000-9010/tcp\"",
+        ),
+        (
+            "\"53/udp\"",
+            "\"4789/udp\"",
+            "8:9: 4789/udp of this node is published, where its tunnels end: another port",
+        ),
+        (
+            "\"192.0.2.7\"",
+            "\"192.0.2.7/24\"",
+            "10:29: `192.0.2.7/24` has bits set behind its prefix: 192.0.2.0/24 for all of it, or 192.0.2.7",
+        ),
+        (
+            "\"192.0.2.7\"",
+            "\"localhost\"",
+            "10:29: `localhost` is not a network: as in \"192.0.2.0/24\" or \"2001:db8::/32\"",
+        ),
+        (
+            "[\"198.51.100.0/24\", \"192.0.2.7\"]",
+            "[]",
+            "10:9: `allow` is empty, so that nobody could connect: leave it out to let everybody in",
+        ),
+        (
+            "address = \"10.99.1.2\"",
+            "",
+            "13:1: the backend has no `address`: add one, as in `address = \"10.1.0.2\"`",
+        ),
+        (
+            "address = \"10.99.1.2\"",
+            "address = \"2001:db8::2\"\nmac = \"02:00:00:00:00:02\"",
+            "16:11: `address` is 2001:db8::2, and the VIP an IPv4 address: the server's IPv4 address",
+        ),
+        (
+            "address = \"10.99.1.2\"",
+            "address = \"10.99.1.250\"",
+            "13:1: `shop-1` can't be reached by nat: 10.99.1.250 is an address of this node in the overlay \
+             100: the server's own address",
+        ),
+        (
+            "allow = [\"198.51.100.0/24\", \"192.0.2.7\"]\nvni = 100",
+            "vni = 101",
+            "12:1: `shop-1` can't be reached by nat: this node has no address in the overlay 101: add \
+             [[overlay]] with `vni = 101` and an address of its own for this node",
+        ),
+        (
+            "address = \"10.99.1.2\"",
+            "address = \"10.99.1.2\"\nport = 4790",
+            "13:1: `shop-1` can't be reached by nat: its tunnel has port 4790, and this node's in the overlay \
+             100 has 4789: the same `port` in both",
+        ),
+        (
+            "address = \"10.99.1.2\"",
+            "address = \"10.99.1.2\"\ntarget_port = 8081",
+            "17:15: `target_port` is 8081, but 8000 goes to 9000: leave it out, and publish \
+             \"8000:8081/udp\"",
+        ),
+        (
+            "[[service.backend]]",
+            "[service.health]\ncheck = \"tunnel\"\n[[service.backend]]",
+            "14:9: `check` is `tunnel`, and the mode is `nat`: tcp, http, https or udp: no backend has \
+             the VIP that a check through the tunnel goes to",
+        ),
+        (
+            "addresses = [\"10.99.1.250\", \"10.99.1.251\"]",
+            "addresses = [\"10.99.1.250\", \"10.99.1.250\"]",
+            "3:29: 10.99.1.250 is given twice: leave it out here",
+        ),
+        (
+            "addresses = [\"10.99.1.250\", \"10.99.1.251\"]",
+            "addresses = []\nmac = \"02:00:00:00:00:01\"",
+            "3:13: the overlay has no addresses: an address that nobody else has in the overlay",
+        ),
+        (
+            "addresses = [\"10.99.1.250\", \"10.99.1.251\"]",
+            "",
+            "1:1: the overlay has no `addresses`: add one, as in `addresses = [\"10.99.1.250\"]`",
+        ),
+        (
+            "\n[[service]]",
+            "[[overlay]]\nvni = 100\naddresses = [\"10.99.1.9\"]\n[[service]]",
+            "5:7: there are two overlays 100: one of them, with all `addresses`",
+        ),
+    ] {
+        let errors = errors(&nat(good, bad));
+        assert!(errors.contains(&format!("w.toml:{expected}")), "{good} → {bad}: {errors:#?}");
+    }
+    let second = NAT[NAT.find("[[service]]").unwrap()..].replace("shop", "other");
+    let twice = errors(&format!("{NAT}{second}"));
+    assert!(twice[0].contains("80/tcp of this node is published by two services"), "{twice:#?}");
 }
 
 fn check_spoiled(cases: &[(&str, &str, &str)]) {
@@ -815,14 +995,25 @@ fn the_example_has_every_key_and_is_valid_with_all_of_them() {
     for kind in CheckKind::ALL {
         // Its only backend would drain, and the daemon warn of that.
         let drains = |line: &str| line.contains("drain_until");
-        let suiting = uncommented(|line| suits(*kind, line) && !drains(line));
-        let check = format!("check = \"{}\"", kind.name());
-        let (_, warnings) = parse(
-            &suiting
-                .replace("check = \"http\"", &check)
-                .replace("ports = [\"80/tcp\"]", "ports = [\"80/tcp\", \"80/udp\"]"),
-        );
-        assert!(warnings.is_empty());
+        for mode in [Mode::Dsr, Mode::Nat] {
+            if (mode, *kind) == (Mode::Nat, CheckKind::Tunnel) {
+                continue;
+            }
+            let of_mode = |line: &str| mode == Mode::Nat || !line.starts_with("allow = ");
+            let suiting = uncommented(|line| suits(*kind, line) && of_mode(line) && !drains(line));
+            let check = format!("check = \"{}\"", kind.name());
+            let suiting = match mode {
+                Mode::Dsr => suiting,
+                Mode::Nat => suiting.replace("mode = \"dsr\"", "mode = \"nat\""),
+            };
+            let (config, warnings) = parse(
+                &suiting
+                    .replace("check = \"http\"", &check)
+                    .replace("ports = [\"80/tcp\"]", "ports = [\"80/tcp\", \"80/udp\"]"),
+            );
+            assert!(warnings.is_empty());
+            assert_eq!(config.desired.services[0].mode, mode);
+        }
     }
     let all = uncommented(|_| true);
     let tables: toml::Table = all.parse().unwrap();
@@ -838,7 +1029,7 @@ fn the_example_has_every_key_and_is_valid_with_all_of_them() {
             .cloned()
             .collect::<BTreeSet<_>>()
     };
-    let places: [(&[&str], &str); 11] = [
+    let places: [(&[&str], &str); 12] = [
         (&[], ""),
         (&["node"], "[node]"),
         (&["api"], "[api]"),
@@ -847,6 +1038,7 @@ fn the_example_has_every_key_and_is_valid_with_all_of_them() {
         (&["maglev"], "[maglev]"),
         (&["limits"], "[limits]"),
         (&["next_hop"], "[[next_hop]]"),
+        (&["overlay"], "[[overlay]]"),
         (&["service"], "[[service]]"),
         (&["service", "health"], "[[service]]\n[service.health]"),
         (&["service", "backend"], "[[service]]\n[[service.backend]]"),

@@ -40,9 +40,10 @@ fn service(name: &str, health: Option<Health>, backends: usize) -> Arc<Service> 
         owner: Owner::File,
         written: None,
         name: name.to_owned(),
-        vip: [203, 0, 113, 10].into(),
+        vip: IpAddr::from([203, 0, 113, 10]).into(),
         ports: Vec::new(),
         mode: Mode::Dsr,
+        allow: Vec::new(),
         scheduler: Scheduler::Maglev,
         health,
         backends: (0..backends).map(backend).collect(),
@@ -50,7 +51,7 @@ fn service(name: &str, health: Option<Health>, backends: usize) -> Arc<Service> 
 }
 
 fn want(checks: &Checks, services: &[Arc<Service>]) {
-    checks.want(&Desired { services: services.to_vec() }, Home::default());
+    checks.want(&Desired { services: services.to_vec(), overlays: Vec::new() }, Home::default());
 }
 
 /// The next news of a backend; panics if there are none for long.

@@ -91,6 +91,7 @@ pub fn backend(slot: Slot) -> BackendSpec {
             udp_port: 4789,
             vni: 100 + slot,
             inner_dst_mac: MacAddr([2, 0, 0, 0, 3, slot as u8]),
+            inner_src_mac: MacAddr(node_mac(0)),
             inner_v6: false,
             udp_checksum: true,
         },
@@ -190,7 +191,12 @@ impl World {
             let maglev = Maglev::build(Size::new(251).unwrap(), &candidates, &maglev_key);
             let takers: Vec<_> = takers(backends).collect();
             let schedule = self.scheduled.among(&takers);
-            services.push(Service { vips: vips.clone(), maglev: Arc::new(maglev), schedule });
+            services.push(Service {
+                vips: vips.clone(),
+                maglev: Arc::new(maglev),
+                schedule,
+                nat: None,
+            });
             for spec in backends {
                 slots[spec.slot as usize] = Some(Backend {
                     template: Template::render(&spec.tunnel).unwrap(),
@@ -202,7 +208,8 @@ impl World {
             }
         }
         let (links, answer_arp) = (self.links.clone(), self.answer_arp);
-        let common = Common { links, answer_arp, maglev_key };
+        let common =
+            Common { links, answer_arp, maglev_key, overlays: Vec::new(), tasks: Vec::new() };
         Arc::new(Forwarding::new(common, services, slots).unwrap())
     }
 }
@@ -310,6 +317,7 @@ impl Rig {
             hash_key: hash_key(),
             icmp_errors_per_s: equipment.icmp_errors_per_s,
             id: 0,
+            nat: None,
         });
         worker.prepare();
         let mut rig = Self {

@@ -63,7 +63,9 @@ impl Tunnels {
 
     /// Asks the VIP by way of one backend.
     pub async fn probe(&self, target: &Target, exchange: &Exchange) -> Outcome {
-        let vip = target.service.vip;
+        let Some(vip) = target.service.vip.address() else {
+            return Outcome::Impossible("no backend has the addresses of this node".to_owned());
+        };
         let Some(source) = self.source(vip.is_ipv6()) else {
             let family = if vip.is_ipv6() { "IPv6" } else { "IPv4" };
             return Outcome::Impossible(format!("this node has no {family} address to probe from"));

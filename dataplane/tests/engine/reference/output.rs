@@ -30,7 +30,7 @@ pub fn encapsulated(tunnel: &Tunnel, packet: &Meaning, ip: &[u8], hash: u64) -> 
 fn encapsulate(tunnel: &Tunnel, tos: u8, ip: &[u8], hash: u64) -> Vec<u8> {
     let mut payload = (0x0800_0000_u64 << 32 | u64::from(tunnel.vni) << 8).to_be_bytes().to_vec();
     Ethernet2Header {
-        source: tunnel.src_mac.0,
+        source: tunnel.inner_src_mac.0,
         destination: tunnel.inner_dst_mac.0,
         ether_type: if tunnel.inner_v6 { EtherType::IPV6 } else { EtherType::IPV4 },
     }

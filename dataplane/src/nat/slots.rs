@@ -1,0 +1,906 @@
+//! NAT's slots: which port of which mesh address stands for which connection.
+//!
+//! A slot *is* an address and a port: a task's answer names it by its destination. The table is the authority,
+//! not a cache: a live slot is never evicted, and if none is free, a new connection is refused and no old one
+//! harmed. All workers share it, without locks, for an answer comes to whatever queue the network card puts
+//! its tunnel's packet on.
+//!
+//! Who sets a slot's bit in `taken` owns it until it clears the bit. A record is read by others while it is
+//! written, so its state, which carries a generation, is read before and after (a seqlock of atomics; Boehm,
+//! "Can seqlocks get along with programming language memory models?", MSPC 2012).
+//!
+//! A client's packet finds its slot by an index of the flow's hash: two candidate buckets of a cache line
+//! each, at most half full in all. The first packets of one flow may come to two workers at the same moment
+//! only if the network card moves flows between queues; then each makes a slot, all later packets use the
+//! one that is found first, and the other runs out.
+
+use std::ops::RangeInclusive;
+
+use crate::{
+    flow::{Address, FlowKey, protocol, tcp_flags},
+    forwarding::{self, Mesh},
+    memory::{self, AllocationError},
+    prefetch::prefetch,
+    sync::{AtomicU32, AtomicU64, Ordering, fence},
+    time::Tick,
+    wire::{checksum::Sum, ethernet::MacAddr},
+};
+
+/// Ports of one address, as a power of two. Loom can't have so many.
+const PORT_BITS: u32 = if cfg!(loom) { 6 } else { 16 };
+/// Slots in a bank: the ports of one address.
+pub const BANK: usize = 1 << PORT_BITS;
+/// The most banks that an index entry can name.
+pub const MAX_BANKS: usize = 16;
+/// Bits in a word of `taken`.
+const WORD: usize = 64;
+
+/// Entries of an index bucket: what fits a cache line.
+const LANES: usize = 16;
+/// Bits of an index entry that say which slot.
+const ID_BITS: u32 = 20;
+const ID_MASK: u32 = (1 << ID_BITS) - 1;
+const _: () = assert!(MAX_BANKS << PORT_BITS <= 1 << ID_BITS);
+
+/// How often the sweep comes round to each slot while workers turn, in milliseconds.
+const SWEEP_PERIOD_MS: u64 = 512;
+
+/// One unit of a state's time, as a power of two of milliseconds: 64 ms, wraps after 8 years.
+const TIME_SHIFT: u32 = 6;
+/// A silent moment that is too short to be noted, in units: a second.
+const UNNOTED: u32 = 1000 >> TIME_SHIFT;
+
+/// A slot's number: its bank times 65,536, plus its port. Port 0 is nobody's.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct Id(u32);
+
+impl Id {
+    /// The slot of a bank's port.
+    #[inline]
+    pub fn new(bank: u16, port: u16) -> Self {
+        Self(u32::from(bank) << PORT_BITS | u32::from(port))
+    }
+
+    /// Which address it belongs to.
+    pub fn bank(self) -> u16 {
+        (self.0 >> PORT_BITS) as u16
+    }
+
+    /// Which port of that.
+    #[inline]
+    pub fn port(self) -> u16 {
+        (self.0 & (BANK as u32 - 1)) as u16
+    }
+}
+
+/// How long a silent slot lives.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Timeouts {
+    /// TCP before the client has acknowledged the task's answer, in seconds.
+    pub opening_s: u32,
+    /// Established TCP, in seconds.
+    pub tcp_idle_s: u32,
+    /// TCP of which one side has sent FIN, in seconds.
+    pub half_closed_s: u32,
+    /// TCP that the task has closed first, in seconds: it remembers the port for so long (TIME-WAIT).
+    pub time_wait_s: u32,
+    /// UDP, in seconds.
+    pub udp_idle_s: u32,
+}
+
+/// A client whose task is gone is asked to speak for so long.
+const ASK_MS: u64 = 3000;
+
+/// TCP that was reset, or closed by the client first, in milliseconds: late packets may still come.
+const LINGER_MS: u64 = 1000;
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            opening_s: 30,
+            tcp_idle_s: 4 * 3600,
+            half_closed_s: 300,
+            time_wait_s: 60,
+            udp_idle_s: 300,
+        }
+    }
+}
+
+/// Which end a packet comes from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Side {
+    /// Who connected.
+    Client,
+    /// Who was connected to.
+    Task,
+}
+
+/// A slot's state: whether it is live, its generation, what was seen, and when last.
+///
+/// ```text
+///  63   62      48 47    40 39    32 31            0
+/// +----+----------+--------+--------+--------------+
+/// |live|generation| flags           | time         |
+/// +----+----------+-----------------+--------------+
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct State(u64);
+
+impl State {
+    const LIVE: u64 = 1 << 63;
+    const GENERATION: u64 = 0x7fff << 48;
+    const TIME: u64 = 0xffff_ffff;
+
+    const CLIENT_FIN: u64 = 1 << 32;
+    const TASK_FIN: u64 = 1 << 33;
+    const RESET: u64 = 1 << 34;
+    /// The client's FIN came before the task's.
+    const CLIENT_FIRST: u64 = 1 << 35;
+    /// The task has sent something.
+    const ANSWERED: u64 = 1 << 36;
+    /// The client has sent something after that.
+    const ESTABLISHED: u64 = 1 << 37;
+    const DATAGRAMS: u64 = 1 << 38;
+    /// The client's packets no longer find it: it only keeps its port from being used again too soon.
+    const DETACHED: u64 = 1 << 39;
+    /// Its task is gone, and the client was asked to speak.
+    const ASKED: u64 = 1 << 40;
+
+    const BOTH_FIN: u64 = Self::CLIENT_FIN | Self::TASK_FIN;
+
+    #[inline]
+    fn has(self, flag: u64) -> bool {
+        self.0 & flag != 0
+    }
+
+    #[inline]
+    fn is_live(self) -> bool {
+        self.has(Self::LIVE)
+    }
+
+    /// Whether this and `later` are states of the same life of a slot.
+    #[inline]
+    fn is_same_life(self, later: Self) -> bool {
+        const LIFE: u64 = State::LIVE | State::GENERATION;
+        self.0 & LIFE == later.0 & LIFE
+    }
+
+    fn units(now: Tick) -> u64 {
+        now.0 >> TIME_SHIFT & Self::TIME
+    }
+
+    /// Time without a packet that was noted, in units.
+    #[inline]
+    fn silent(self, now: Tick) -> u32 {
+        // A state that another worker has just renewed may be ahead of this worker's clock.
+        let silent = (Self::units(now) as u32).wrapping_sub(self.0 as u32);
+        if silent as i32 > 0 { silent } else { 0 }
+    }
+
+    /// Whether both sides are through with the connection.
+    pub fn is_closed(self) -> bool {
+        self.has(Self::RESET) || self.0 & Self::BOTH_FIN == Self::BOTH_FIN
+    }
+
+    /// What it is called.
+    pub fn label(self) -> &'static str {
+        match self {
+            _ if self.has(Self::DATAGRAMS) => "datagrams",
+            _ if self.has(Self::RESET) => "reset",
+            _ if self.is_closed() => "closed",
+            _ if self.0 & Self::BOTH_FIN != 0 => "closing",
+            _ if self.has(Self::ESTABLISHED) => "established",
+            _ => "opening",
+        }
+    }
+
+    /// What it becomes by a packet. Equal to itself if nothing is worth noting.
+    #[inline]
+    fn after(self, side: Side, flags: u8, now: Tick) -> Self {
+        let mut state = self.0;
+        if flags & tcp_flags::RST != 0 {
+            state |= Self::RESET;
+        } else {
+            // A reset that was not believed, or was forged: the connection goes on.
+            state &= !Self::RESET;
+            let (own, others) = match side {
+                Side::Client => (Self::CLIENT_FIN, Self::TASK_FIN),
+                Side::Task => (Self::TASK_FIN, Self::CLIENT_FIN),
+            };
+            if flags & tcp_flags::FIN != 0 && state & (own | others) == 0 && side == Side::Client {
+                state |= Self::CLIENT_FIRST;
+            }
+            if flags & tcp_flags::FIN != 0 {
+                state |= own;
+            }
+            match side {
+                Side::Task => state |= Self::ANSWERED,
+                Side::Client if state & Self::ANSWERED != 0 => state |= Self::ESTABLISHED,
+                Side::Client => {}
+            }
+        }
+        if state != self.0 || self.silent(now) >= UNNOTED {
+            state = state & !Self::TIME | Self::units(now);
+        }
+        Self(state)
+    }
+}
+
+/// Where a client's packets come from, and answers to it go: the way back is the way it came.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Way {
+    /// The station that sent its first packet.
+    pub mac: MacAddr,
+    /// Index of the interface that it came in by.
+    pub link: u8,
+    /// VLAN tags, outermost first, each with its ethertype; 0 for none.
+    pub tags: [u32; 2],
+}
+
+/// What a slot stands for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Connection {
+    /// From the client to the VIP.
+    pub key: FlowKey,
+    /// Who serves it.
+    pub task: Address,
+    /// At which port.
+    pub task_port: u16,
+    /// Who the task takes for its client; the port is the slot's.
+    pub mesh: Address,
+    /// The task as a backend.
+    pub backend: forwarding::Slot,
+    /// The way to the client.
+    pub way: Way,
+}
+
+/// What changes in a packet's checksums by translation, as ones'-complement sums.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Sums {
+    /// Addresses: in IPv4's header.
+    pub addresses: u16,
+    /// Addresses and ports: in the transport's.
+    pub all: u16,
+}
+
+impl Sums {
+    /// What changes by the way back.
+    #[inline(always)]
+    pub fn reversed(self) -> Self {
+        Self { addresses: !self.addresses, all: !self.all }
+    }
+
+    fn of(connection: &Connection, port: u16) -> Self {
+        let Connection { key, task, task_port, mesh, .. } = connection;
+        let add = |sum: Sum, address: &Address| sum.add_bytes(&address.0.to_be_bytes());
+        let sum = |one, other| add(add(Sum::default(), one), other);
+        let (old, new) = (sum(&key.src, &key.dst), sum(mesh, task));
+        let addresses = new.add_u16(!old.fold());
+        let all = addresses.add_u16(port).add_u16(*task_port);
+        let all = all.add_u16(!key.src_port).add_u16(!key.dst_port);
+        Self { addresses: addresses.fold(), all: all.fold() }
+    }
+}
+
+/// A slot's words, in two cache lines: the first finds and judges, the second translates.
+#[derive(Debug, Default)]
+#[cfg_attr(not(loom), derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::KnownLayout))]
+#[repr(C, align(128))]
+struct Record([AtomicU64; WORDS]);
+
+const WORDS: usize = 16;
+
+/// Which word of a record is what. An address takes two, the upper half first.
+mod word {
+    pub const STATE: usize = 0;
+    pub const CLIENT: usize = 1;
+    pub const VIP: usize = 3;
+    pub const PORTS: usize = 5;
+    pub const BACKEND: usize = 6;
+    pub const SUMS: usize = 7;
+    pub const TASK: usize = 8;
+    pub const MESH: usize = 10;
+    pub const HASH: usize = 12;
+    pub const STATION: usize = 13;
+    pub const TAGS: usize = 14;
+}
+
+/// Client's and VIP's port, protocol and the task's port in one word; the last does not name the flow.
+fn ports(key: &FlowKey, task_port: u16) -> u64 {
+    u64::from(key.src_port) << 48
+        | u64::from(key.dst_port) << 32
+        | u64::from(key.protocol) << 16
+        | u64::from(task_port)
+}
+
+/// Interface and MAC address in one word.
+#[inline(always)]
+fn station(way: &Way) -> u64 {
+    let [a, b, c, d, e, f] = way.mac.0;
+    u64::from_be_bytes([0, way.link, a, b, c, d, e, f])
+}
+
+fn tags(way: &Way) -> u64 {
+    u64::from(way.tags[0]) << 32 | u64::from(way.tags[1])
+}
+
+/// The bits of [`ports`] that name a flow.
+const FLOW_PORTS: u64 = !0xffff;
+
+impl Record {
+    #[inline(always)]
+    fn word(&self, at: usize) -> u64 {
+        self.0[at].load(Ordering::Relaxed)
+    }
+
+    #[inline(always)]
+    fn address(&self, at: usize) -> Address {
+        Address(u128::from(self.word(at)) << 64 | u128::from(self.word(at + 1)))
+    }
+
+    fn set(&self, at: usize, value: u64) {
+        self.0[at].store(value, Ordering::Relaxed);
+    }
+
+    fn set_address(&self, at: usize, Address(address): Address) {
+        self.set(at, (address >> 64) as u64);
+        self.set(at + 1, address as u64);
+    }
+
+    #[inline(always)]
+    fn state(&self) -> State {
+        State(self.0[word::STATE].load(Ordering::Acquire))
+    }
+
+    /// What `read` makes of a live record, if it stayed the same meanwhile.
+    #[inline(always)]
+    fn read<T>(&self, read: impl FnOnce(State) -> Option<T>) -> Option<T> {
+        let state = self.state();
+        if !state.is_live() {
+            return None;
+        }
+        let value = read(state)?;
+        fence(Ordering::Acquire);
+        let later = State(self.word(word::STATE));
+        state.is_same_life(later).then_some(value)
+    }
+
+    #[inline(always)]
+    fn is_of(&self, key: &FlowKey) -> bool {
+        let differing = (self.word(word::PORTS) ^ ports(key, 0)) & FLOW_PORTS
+            | self.word(word::CLIENT) ^ (key.src.0 >> 64) as u64
+            | self.word(word::CLIENT + 1) ^ key.src.0 as u64
+            | self.word(word::VIP) ^ (key.dst.0 >> 64) as u64
+            | self.word(word::VIP + 1) ^ key.dst.0 as u64;
+        differing == 0
+    }
+
+    /// Writes a new life into a slot that the caller has just taken.
+    fn begin(&self, connection: &Connection, port: u16, hash: u64, now: Tick) {
+        let Connection { key, task, task_port, mesh, backend, way } = connection;
+        let generation = self.word(word::STATE).wrapping_add(1 << 48) & State::GENERATION;
+        self.set(word::STATE, generation);
+        // Whoever reads one of the words below and then the state again sees that it changed.
+        fence(Ordering::Release);
+        self.set_address(word::CLIENT, key.src);
+        self.set_address(word::VIP, key.dst);
+        self.set(word::PORTS, ports(key, *task_port));
+        self.set(word::BACKEND, u64::from(*backend));
+        let Sums { addresses, all } = Sums::of(connection, port);
+        self.set(word::SUMS, u64::from(addresses) << 16 | u64::from(all));
+        self.set_address(word::TASK, *task);
+        self.set_address(word::MESH, *mesh);
+        self.set(word::HASH, hash);
+        self.set(word::STATION, station(way));
+        self.set(word::TAGS, tags(way));
+        let flags = if key.protocol == protocol::UDP { State::DATAGRAMS } else { 0 };
+        let state = State::LIVE | generation | flags | State::units(now);
+        self.0[word::STATE].store(state, Ordering::Release);
+    }
+
+    fn key(&self) -> FlowKey {
+        let ports = self.word(word::PORTS);
+        FlowKey {
+            src: self.address(word::CLIENT),
+            dst: self.address(word::VIP),
+            src_port: (ports >> 48) as u16,
+            dst_port: (ports >> 32) as u16,
+            protocol: (ports >> 16) as u8,
+        }
+    }
+
+    fn way(&self) -> Way {
+        let [_, link, mac @ ..] = self.word(word::STATION).to_be_bytes();
+        let tags = self.word(word::TAGS);
+        Way { mac: MacAddr(mac), link, tags: [(tags >> 32) as u32, tags as u32] }
+    }
+
+    #[inline(always)]
+    fn sums(&self) -> Sums {
+        let sums = self.word(word::SUMS);
+        Sums { addresses: (sums >> 16) as u16, all: sums as u16 }
+    }
+
+    fn connection(&self) -> Connection {
+        Connection {
+            key: self.key(),
+            task: self.address(word::TASK),
+            task_port: self.word(word::PORTS) as u16,
+            mesh: self.address(word::MESH),
+            backend: self.word(word::BACKEND) as u32,
+            way: self.way(),
+        }
+    }
+}
+
+/// What a client's packet becomes.
+#[derive(Clone, Copy, Debug)]
+pub struct ToTask {
+    /// Its new source.
+    pub mesh: Address,
+    /// Its new destination.
+    pub task: Address,
+    /// The ports, source first.
+    pub ports: [u16; 2],
+    /// What changes in its checksums.
+    pub sums: Sums,
+}
+
+/// What a task's packet becomes.
+#[derive(Clone, Copy, Debug)]
+pub struct ToClient {
+    /// From the client to the VIP: the packet goes the other way.
+    pub key: FlowKey,
+    /// What changes in its checksums.
+    pub sums: Sums,
+    /// Who sent it.
+    pub backend: forwarding::Slot,
+    /// Where it goes.
+    pub way: Way,
+}
+
+/// Sixteen index entries in one cache line: bits of the hash, and the slot. 0: none.
+#[derive(Debug, Default)]
+#[cfg_attr(not(loom), derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::KnownLayout))]
+#[repr(C, align(64))]
+struct Bucket([AtomicU32; LANES]);
+
+/// A word of `taken`.
+#[derive(Debug, Default)]
+#[cfg_attr(not(loom), derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::KnownLayout))]
+#[repr(transparent)]
+struct Taken(AtomicU64);
+
+/// The slots of all mesh addresses.
+#[derive(Debug)]
+pub struct Slots {
+    taken: &'static [Taken],
+    records: &'static [Record],
+    index: &'static [Bucket],
+    timeouts: Timeouts,
+    ports: RangeInclusive<u16>,
+}
+
+impl Slots {
+    /// Free slots for so many mesh addresses, rounded up to a power of two of at most [`MAX_BANKS`], of the
+    /// ports within `ports`: some 8.5 MB for each address.
+    ///
+    /// # Errors
+    /// If there is not enough memory.
+    ///
+    /// # Panics
+    /// If `ports` begins with 0 or holds nothing.
+    pub fn new(
+        banks: usize,
+        timeouts: Timeouts,
+        ports: RangeInclusive<u16>,
+    ) -> Result<Self, AllocationError> {
+        assert!(*ports.start() > 0 && !ports.is_empty(), "port 0 is nobody's");
+        let slots = banks.clamp(1, MAX_BANKS).next_power_of_two() * BANK;
+        let (taken, _) = memory::zeroed(slots / WORD)?;
+        let (records, _) = memory::zeroed(slots)?;
+        let (index, _) = memory::zeroed((2 * slots / LANES).max(2))?;
+        Ok(Self { taken, records, index, timeouts, ports })
+    }
+
+    /// Mesh addresses that there are slots for.
+    pub fn banks(&self) -> usize {
+        self.records.len() / BANK
+    }
+
+    /// Slots that can be in use at once, of one mesh address.
+    pub fn capacity(&self) -> usize {
+        self.ports.len()
+    }
+
+    /// Slots in use of a bank.
+    pub fn used(&self, bank: u16) -> usize {
+        let words = BANK / WORD;
+        let of_bank = self.taken.iter().skip(usize::from(bank) * words).take(words);
+        of_bank.map(|word| word.0.load(Ordering::Relaxed).count_ones() as usize).sum()
+    }
+
+    /// All live connections with their slots, racily: one that begins or ends meanwhile may be left out.
+    pub fn connections(&self) -> impl Iterator<Item = (Id, State, Connection)> {
+        let ids = self.taken.iter().enumerate().flat_map(|(at, word)| {
+            let taken = word.0.load(Ordering::Relaxed);
+            bits(taken).map(move |bit| Id((at * WORD + bit) as u32))
+        });
+        ids.filter_map(|id| self.connection(id).map(|(state, connection)| (id, state, connection)))
+    }
+
+    /// What a slot stands for.
+    pub fn connection(&self, id: Id) -> Option<(State, Connection)> {
+        let record = self.record(id)?;
+        record.read(|state| Some((state, record.connection())))
+    }
+
+    /// Time since a packet was noted, in milliseconds: up to a second more than since the last packet.
+    pub fn silent_ms(&self, state: State, now: Tick) -> u64 {
+        u64::from(state.silent(now)) << TIME_SHIFT
+    }
+
+    /// How long a silent slot lives in this state, in milliseconds.
+    fn lifetime_ms(&self, state: State) -> u64 {
+        let Timeouts { opening_s, tcp_idle_s, half_closed_s, time_wait_s, udp_idle_s } =
+            self.timeouts;
+        let seconds = match state {
+            _ if state.has(State::RESET) => return LINGER_MS,
+            _ if state.has(State::DATAGRAMS) => udp_idle_s,
+            _ if state.is_closed() && state.has(State::CLIENT_FIRST) => return LINGER_MS,
+            _ if state.is_closed() => time_wait_s,
+            _ if state.0 & State::BOTH_FIN != 0 => half_closed_s,
+            _ if state.has(State::ESTABLISHED) => tcp_idle_s,
+            _ => opening_s,
+        };
+        u64::from(seconds) * 1000
+    }
+
+    fn is_expired(&self, state: State, now: Tick) -> bool {
+        // One more for the unit already begun.
+        u64::from(state.silent(now)) << TIME_SHIFT > self.lifetime_ms(state) + (1 << TIME_SHIFT)
+    }
+
+    #[inline(always)]
+    fn record(&self, id: Id) -> Option<&Record> {
+        self.records.get(id.0 as usize)
+    }
+
+    #[inline(always)]
+    fn buckets(&self, hash: u64) -> [usize; 2] {
+        let mask = self.index.len() - 1;
+        let [one, other] = [hash as usize & mask, (hash >> 20) as usize & mask];
+        // Two of one kind would be one.
+        [one, if other == one { other ^ 1 } else { other }]
+    }
+
+    /// Bits of the hash beyond the buckets' numbers, as they stand in an index entry.
+    #[inline(always)]
+    fn tag(hash: u64) -> u32 {
+        (hash >> 32) as u32 & !ID_MASK
+    }
+
+    /// Begins to fetch what [`Self::find`] reads first.
+    #[inline]
+    pub fn prefetch(&self, hash: u64) {
+        prefetch(&self.index[self.buckets(hash)[0]]);
+    }
+
+    /// Begins to fetch the slot that a flow with this hash most probably has.
+    #[inline]
+    pub fn prefetch_found(&self, hash: u64) {
+        if let Some(id) = self.candidates(hash).next() {
+            self.prefetch_slot(id);
+        }
+    }
+
+    /// Begins to fetch a slot.
+    #[inline]
+    pub fn prefetch_slot(&self, id: Id) {
+        if let Some(record) = self.record(id) {
+            prefetch(&record.0[0]);
+            prefetch(&record.0[WORDS / 2]);
+        }
+    }
+
+    /// Slots with the same tag.
+    #[inline(always)]
+    fn candidates(&self, hash: u64) -> impl Iterator<Item = Id> {
+        let tag = Self::tag(hash);
+        let buckets = self.buckets(hash).into_iter().map(|at| &self.index[at]);
+        buckets.flat_map(move |bucket| {
+            let mut found = 0_u32;
+            for (lane, entry) in bucket.0.iter().enumerate() {
+                let differs = (entry.load(Ordering::Relaxed) ^ tag) & !ID_MASK;
+                found |= u32::from(differs == 0) << lane;
+            }
+            let lanes = bits(u64::from(found));
+            // Read again: what it names was written before it.
+            lanes.map(|lane| Id(bucket.0[lane].load(Ordering::Acquire) & ID_MASK))
+        })
+    }
+
+    /// The slot that a client's packets have.
+    #[inline]
+    pub fn find(&self, hash: u64, key: &FlowKey) -> Option<(Id, State)> {
+        self.candidates(hash).find_map(|id| {
+            let record = self.record(id)?;
+            let state = record.read(|state| record.is_of(key).then_some(state))?;
+            (!state.has(State::DETACHED)).then_some((id, state))
+        })
+    }
+
+    /// The backend of a slot, if it still lives the life that `state` is of.
+    #[inline]
+    pub fn backend(&self, id: Id, state: State) -> Option<forwarding::Slot> {
+        let record = self.record(id)?;
+        record.read(|now| state.is_same_life(now).then(|| record.word(word::BACKEND) as u32))
+    }
+
+    /// What a client's packet becomes that came this way. If it is another than before, answers go there from
+    /// now on: the router next to us was replaced.
+    #[inline]
+    pub fn to_task(&self, id: Id, state: State, way: &Way) -> Option<ToTask> {
+        let record = self.record(id)?;
+        record.read(|now| {
+            if !state.is_same_life(now) {
+                return None;
+            }
+            if record.word(word::STATION) != station(way) {
+                record.set(word::STATION, station(way));
+                record.set(word::TAGS, tags(way));
+            }
+            Some(ToTask {
+                mesh: record.address(word::MESH),
+                task: record.address(word::TASK),
+                ports: [id.port(), record.word(word::PORTS) as u16],
+                sums: record.sums(),
+            })
+        })
+    }
+
+    /// What a task's packet becomes, if `answer`, which runs from the task to the mesh address, is of the
+    /// connection that this slot stands for.
+    #[inline]
+    pub fn to_client(&self, id: Id, answer: &FlowKey) -> Option<(State, ToClient)> {
+        let record = self.record(id)?;
+        record.read(|state| {
+            let key = record.key();
+            let is_its = record.address(word::TASK) == answer.src
+                && record.address(word::MESH) == answer.dst
+                && record.word(word::PORTS) as u16 == answer.src_port
+                && key.protocol == answer.protocol;
+            let (sums, way) = (record.sums().reversed(), record.way());
+            let backend = record.word(word::BACKEND) as u32;
+            is_its.then_some((state, ToClient { key, sums, backend, way }))
+        })
+    }
+
+    /// Notes a packet. `state` is what the slot was found in.
+    #[inline]
+    pub fn touch(&self, id: Id, state: State, side: Side, flags: u8, now: Tick) {
+        if state.after(side, flags, now) != state {
+            self.note(id, state, |state| state.after(side, flags, now));
+        }
+    }
+
+    /// Changes the state, unless that life has ended.
+    fn note(&self, id: Id, mut state: State, change: impl Fn(State) -> State) {
+        let Some(record) = self.record(id) else { return };
+        let life = state;
+        let word = &record.0[word::STATE];
+        loop {
+            let changed = change(state);
+            let (all, relaxed) = (Ordering::AcqRel, Ordering::Relaxed);
+            match word.compare_exchange(state.0, changed.0, all, relaxed) {
+                Ok(_) => return,
+                Err(other) if life.is_same_life(State(other)) => state = State(other),
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Takes a free slot of one of these addresses for a new connection, which `connection` tells once it is
+    /// known which. `None` if no slot is free.
+    pub fn open(
+        &self,
+        mesh: &[Mesh],
+        hash: u64,
+        now: Tick,
+        connection: impl FnOnce(Address) -> Connection,
+    ) -> Option<(Id, State)> {
+        // From anywhere, lest the ports of one address be used up before the next one's begin.
+        let (before, from) = mesh.split_at((hash >> 8) as usize % mesh.len().max(1));
+        let (id, address) = from
+            .iter()
+            .chain(before)
+            .find_map(|mesh| self.take(mesh.bank, hash).map(|id| (id, mesh.address)))?;
+        let record = self.record(id)?;
+        record.begin(&connection(address), id.port(), hash, now);
+        let state = record.state();
+        if !self.enter(id, hash) {
+            self.close(id, state);
+            return None;
+        }
+        Some((id, state))
+    }
+
+    /// Takes any free slot of a bank.
+    fn take(&self, bank: u16, hash: u64) -> Option<Id> {
+        let words = BANK / WORD;
+        let first = usize::from(bank) * words;
+        let taken = self.taken.get(first..first + words)?;
+        // Not the next port: who can't guess it can't forge an answer, RFC 6056.
+        let (start, turn) = ((hash >> 32) as usize % words, hash as u32 % WORD as u32);
+        let order = (start..words).chain(0..start);
+        for at in order {
+            let usable = self.usable(at);
+            loop {
+                let free = !taken[at].0.load(Ordering::Relaxed) & usable;
+                if free == 0 {
+                    break;
+                }
+                let bit = (free.rotate_right(turn).trailing_zeros() + turn) % WORD as u32;
+                // Who had it before is through with it.
+                if taken[at].0.fetch_or(1 << bit, Ordering::AcqRel) & 1 << bit == 0 {
+                    return Some(Id::new(bank, (at * WORD) as u16 + bit as u16));
+                }
+            }
+        }
+        None
+    }
+
+    /// The ports of a word of `taken` that are ours to use.
+    fn usable(&self, at: usize) -> u64 {
+        let (from, to) = (usize::from(*self.ports.start()), usize::from(*self.ports.end()));
+        let low = from.saturating_sub(at * WORD).min(WORD);
+        let high = (to + 1).saturating_sub(at * WORD).min(WORD);
+        let below = |bit: usize| if bit == WORD { !0 } else { (1_u64 << bit) - 1 };
+        below(high) & !below(low)
+    }
+
+    /// Lets packets with this hash find the slot. `false` if there is no room.
+    fn enter(&self, id: Id, hash: u64) -> bool {
+        let entry = Self::tag(hash) | id.0;
+        let entries = self.buckets(hash).into_iter().flat_map(|at| &self.index[at].0);
+        let mut vacant = entries.filter(|entry| entry.load(Ordering::Relaxed) == 0);
+        vacant.any(|vacant| {
+            vacant.compare_exchange(0, entry, Ordering::Release, Ordering::Relaxed).is_ok()
+        })
+    }
+
+    fn leave(&self, id: Id, hash: u64) {
+        let entry = Self::tag(hash) | id.0;
+        for lane in self.buckets(hash).into_iter().flat_map(|at| &self.index[at].0) {
+            let _ = lane.compare_exchange(entry, 0, Ordering::Relaxed, Ordering::Relaxed);
+        }
+    }
+
+    /// Ends a slot's life, if that is still the one that `state` is of. Its port is free at once.
+    fn close(&self, id: Id, state: State) {
+        let Some(record) = self.record(id) else { return };
+        let mut seen = state;
+        let word = &record.0[word::STATE];
+        // One worker wins.
+        loop {
+            let dead = seen.0 & State::GENERATION;
+            match word.compare_exchange(seen.0, dead, Ordering::AcqRel, Ordering::Relaxed) {
+                Ok(_) => break,
+                Err(other) if state.is_same_life(State(other)) => seen = State(other),
+                Err(_) => return,
+            }
+        }
+        self.leave(id, record.word(word::HASH));
+        let (at, bit) = (id.0 as usize / WORD, id.0 as usize % WORD);
+        self.taken[at].0.fetch_and(!(1 << bit), Ordering::Release);
+    }
+
+    /// Lets the client's packets find the slot no more: they begin anew. Its port stays taken until it runs
+    /// out, for late packets of the task.
+    pub fn detach(&self, id: Id, state: State) {
+        self.note(id, state, |state| State(state.0 | State::DETACHED));
+        if let Some(record) = self.record(id) {
+            self.leave(id, record.word(word::HASH));
+        }
+    }
+
+    /// Whether the client should be asked to speak if its task is gone.
+    pub fn is_to_be_asked(&self, state: State, now: Tick) -> bool {
+        let over = state.is_closed() || state.0 & (State::DATAGRAMS | State::DETACHED) != 0;
+        !over && (!state.has(State::ASKED) || self.silent_ms(state, now) < ASK_MS)
+    }
+
+    /// Notes that the client was asked to speak, when first.
+    pub fn asked(&self, id: Id, state: State, now: Tick) {
+        if !state.has(State::ASKED) {
+            let asked = |state: State| state.0 & !State::TIME | State::ASKED | State::units(now);
+            self.note(id, state, |state| State(asked(state)));
+        }
+    }
+
+    /// As if the task had reset the connection.
+    pub fn reset(&self, id: Id, state: State, now: Tick) {
+        self.touch(id, state, Side::Task, tcp_flags::RST, now);
+    }
+}
+
+/// The numbers of the bits that are set, lowest first.
+#[inline(always)]
+fn bits(mut set: u64) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let bit = set.trailing_zeros() as usize;
+        (set != 0).then(|| {
+            set &= set - 1;
+            bit
+        })
+    })
+}
+
+/// One worker's share of the sweep: each of several sweeps its own part of the slots.
+#[derive(Debug)]
+pub struct Sweep {
+    worker: usize,
+    workers: usize,
+    at: usize,
+    owed: u64,
+    until: Tick,
+}
+
+impl Sweep {
+    /// The share of a worker among so many.
+    pub fn new(worker: usize, workers: usize) -> Self {
+        Self { worker, workers: workers.max(1), at: 0, owed: 0, until: Tick(0) }
+    }
+
+    /// Visits as many slots as are due: frees those that have run out, and tells `each` of the others. To be
+    /// called each turn.
+    #[inline]
+    pub fn run(&mut self, slots: &Slots, now: Tick, each: impl FnMut(Id, State)) {
+        let elapsed_ms = now.ms_since(self.until);
+        if elapsed_ms > 0 {
+            self.run_for(elapsed_ms, slots, now, each);
+        }
+    }
+
+    #[inline(never)]
+    fn run_for(
+        &mut self,
+        elapsed_ms: u64,
+        slots: &Slots,
+        now: Tick,
+        mut each: impl FnMut(Id, State),
+    ) {
+        let words = slots.taken.len();
+        let share = words.div_ceil(self.workers);
+        let (first, end) = (self.worker * share, ((self.worker + 1) * share).min(words));
+        self.until = now;
+        self.owed += elapsed_ms.min(SWEEP_PERIOD_MS) * share as u64;
+        let due = self.owed / SWEEP_PERIOD_MS;
+        self.owed -= due * SWEEP_PERIOD_MS;
+        for _ in 0..due {
+            if !(first..end).contains(&self.at) {
+                self.at = first;
+            }
+            if let Some(word) = slots.taken.get(self.at) {
+                for bit in bits(word.0.load(Ordering::Acquire)) {
+                    let id = Id((self.at * WORD + bit) as u32);
+                    visit(slots, id, now, &mut each);
+                }
+            }
+            self.at += 1;
+        }
+    }
+}
+
+fn visit(slots: &Slots, id: Id, now: Tick, each: &mut impl FnMut(Id, State)) {
+    let Some(record) = slots.record(id) else { return };
+    let state = record.state();
+    if !state.is_live() {
+        return; // it is just being taken or freed
+    }
+    if slots.is_expired(state, now) {
+        slots.close(id, state);
+    } else {
+        each(id, state);
+    }
+}
