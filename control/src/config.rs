@@ -276,6 +276,8 @@ pub struct Limits {
     pub vips: u32,
     /// Health checks under way at once.
     pub health_checks: u32,
+    /// Connections and UDP clients of this node itself at once.
+    pub local_clients: u32,
 }
 
 /// `[[next_hop]]`: how to reach a VTEP, whatever the kernel says.
@@ -411,7 +413,7 @@ impl Default for Maglev {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { backends: 1 << 14, vips: 1 << 16, health_checks: 1024 }
+        Self { backends: 1 << 14, vips: 1 << 16, health_checks: 1024, local_clients: 10_000 }
     }
 }
 
@@ -505,7 +507,7 @@ impl Config {
                 capacity, admissions_per_s, unconfirmed_s, tcp_idle_s, tcp_closing_s, udp_idle_s
             }
             maglev: Maglev { table_size, seed }
-            limits: Limits { backends, vips, health_checks }
+            limits: Limits { backends, vips, health_checks, local_clients }
         }
         keys
     }

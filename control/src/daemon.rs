@@ -39,10 +39,10 @@ use crate::{
     api::{Api, ApiSocket, Changes, Refusal, SocketError, TcpDoor, TcpError},
     causes,
     config::{self, Config, Exceeded, LoadError, Warning},
-    desired::{Conflict, Desired, Overlay, Service, join},
+    desired::{Conflict, Desired, Overlay, Service, Vip, join},
     health::{Checks, Home, Verdict, Verdicts},
     link::{self, LinkError},
-    local::{LocalLink, LocalLinkError},
+    local::{Limits, LocalClients, LocalLink, LocalLinkError, Refused},
     next_hop::{Hops, NextHopError, NextHops},
     plan::{
         Inputs, Interface, Placement, Plan, PlanError, Planner, Settings, SteerKey, health_of, home,
@@ -123,6 +123,9 @@ pub enum RunError {
     /// The thread that checks backends.
     #[error("health checks can't be started")]
     Health(#[source] io::Error),
+    /// The thread for clients on this node.
+    #[error("clients on this node can't be served")]
+    LocalClients(#[source] io::Error),
     /// Signals.
     #[error("cannot listen for signals")]
     Signal(#[source] io::Error),
@@ -167,6 +170,7 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Signal)?;
     let mut hops = daemon.next_hops.subscribe();
     let mut verdicts = daemon.checks.subscribe();
+    let mut local_refused = daemon.local_refused.clone();
     let mut tick = time::interval(TICK);
     tick.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
     let mut relink = time::interval(RELINK);
@@ -187,6 +191,8 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
                 daemon.rehop(hops).await;
             }
             Ok(()) = verdicts.changed() => daemon.rejudge().await,
+            // To be shown.
+            Ok(()) = local_refused.changed() => {}
             _ = tick.tick() => {
                 daemon.publisher.retire();
                 daemon.end_drains().await;
@@ -250,6 +256,10 @@ struct Daemon {
     fleet: Fleet,
     /// `None` if this node's own clients and tasks have none. Must outlive the workers, who have sockets there.
     local_link: Option<LocalLink>,
+    /// Of those who use that.
+    local_clients: Option<LocalClients>,
+    /// What these can't reach.
+    local_refused: watch::Receiver<Refused>,
     publisher: Publisher<Forwarding>,
     generation: Generation,
     backends: Arc<[Placement]>,
@@ -300,6 +310,11 @@ impl Daemon {
         // Where we are now, off the workers' cores.
         let limit = config.limits.health_checks as usize;
         let checks = Checks::start(limit).map_err(RunError::Health)?;
+        let local_clients =
+            local_link.as_ref().map(|_| LocalClients::start(client_limits(&config)));
+        let local_clients = local_clients.transpose().map_err(RunError::LocalClients)?;
+        let nothing = || watch::channel(Refused::default()).1;
+        let local_refused = local_clients.as_ref().map_or_else(nothing, LocalClients::refused);
         let generation = publisher.generation();
         let mut daemon = Self {
             placed: config.desired.clone(),
@@ -314,6 +329,8 @@ impl Daemon {
             planner,
             fleet,
             local_link,
+            local_clients,
+            local_refused,
             publisher,
             generation,
             backends: plan.backends.into(),
@@ -328,6 +345,7 @@ impl Daemon {
         daemon.log_start();
         warn_too_large(&daemon.interfaces, daemon.config.dataplane.frame_size_bytes);
         daemon.log_unreachable(&[]);
+        daemon.serve_local();
         // Published before steered: XDP never hands over what no worker knows.
         daemon.steer_more(&plan.steer)?;
         daemon.check();
@@ -607,12 +625,21 @@ impl Daemon {
         self.placed = self.config.desired.clone();
         self.log_unreachable(&before);
         self.acknowledged().await;
+        self.serve_local();
         if !in_step {
             self.steer_more(&steer)?;
         }
         self.in_step = Some(steer);
         self.announce(announced).await;
         Ok(())
+    }
+
+    /// Serves clients on this node, on the ports that are published on its addresses.
+    fn serve_local(&self) {
+        let Some(clients) = &self.local_clients else { return };
+        let here = self.placed.services.iter().filter(|service| service.vip == Vip::Node);
+        let ports = here.flat_map(|service| service.ports.iter().map(|port| port.published));
+        clients.want(ports.collect());
     }
 
     /// Before anything is taken away, what depends on it is announced no more.
@@ -716,6 +743,14 @@ async fn local_link(config: &Config, queues: &[Queues]) -> Result<Option<LocalLi
     let workers = worker_count(config, queues)?;
     let link = LocalLink::make(workers as u32, config.dataplane.frame_size_bytes).await?;
     Ok(Some(link))
+}
+
+fn client_limits(config: &Config) -> Limits {
+    Limits {
+        clients: config.limits.local_clients as usize,
+        tcp_idle: Duration::from_secs(config.connections.tcp_idle_s.into()),
+        udp_idle: Duration::from_secs(config.connections.udp_idle_s.into()),
+    }
 }
 
 /// What the workers have ports on, in their order.

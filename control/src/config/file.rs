@@ -114,6 +114,7 @@ pub struct Limits {
     pub backends: Key<i64>,
     pub vips: Key<i64>,
     pub health_checks: Key<i64>,
+    pub local_clients: Key<i64>,
 }
 
 /// `[[next_hop]]`

@@ -305,6 +305,12 @@ pub fn limits(written: &file::Limits, report: &mut Report) -> Limits {
             (defaults.health_checks, 1..=1 << 16),
             report,
         ),
+        local_clients: number(
+            "local_clients",
+            &written.local_clients,
+            (defaults.local_clients, 1..=1 << 20),
+            report,
+        ),
     }
 }
 

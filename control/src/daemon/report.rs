@@ -31,6 +31,7 @@ impl Daemon {
             view.generation == self.generation.get()
                 && Arc::ptr_eq(&view.placements, &self.backends)
                 && view.refused == self.refused
+                && Arc::ptr_eq(&view.local_refused, &self.local_refused.borrow())
                 && view.link_missing == self.missing.is_some()
         };
         if !same(&shown.borrow()) {
@@ -47,6 +48,7 @@ impl Daemon {
             vteps: self.config.node.vteps(),
             forwarding: self.publisher.current().clone(),
             refused: self.refused.clone(),
+            local_refused: self.local_refused.borrow().clone(),
             link_missing: self.missing.is_some(),
         })
     }

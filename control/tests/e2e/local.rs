@@ -1,4 +1,5 @@
-//! This node's own clients and tasks: the link of our own, and that nothing of it stays.
+//! This node's own clients and tasks: the link of our own, and that nothing of it stays; the published
+//! ports on this node's addresses.
 
 use serde_json::Value;
 
