@@ -1,12 +1,15 @@
 //! This node's own clients and tasks: the link of our own, and that nothing of it stays; the published
 //! ports on this node's addresses.
 
-use serde_json::Value;
+use std::fs;
+
+use serde_json::{Value, json};
 
 use crate::{
     api::bare_lab,
+    client::VIP4,
     daemon::{Daemon, WIREMESH},
-    lab::{Lab, wait_until},
+    lab::{Lab, assert_same_content, wait_until},
 };
 
 /// Ends without it: what the systemd unit's daemon lacks.
@@ -93,4 +96,38 @@ fn a_local_link_of_somebody_else_is_named_and_left_alone() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(said.contains("another running Wiremesh"), "{said}");
     assert_eq!(local_ports(&owner), 1, "it goes on");
+}
+
+#[test]
+fn a_backend_on_this_very_node_is_served_by_its_own_vxlan_device() {
+    let lab = local_lab();
+    let mac = "02:00:00:00:03:01";
+    let device =
+        format!("link add vx100 address {mac} type vxlan id 100 local 10.77.0.11 dstport 4789");
+    for command in
+        [&*device, "link set vx100 up", &format!("address add {}/32 dev lo", VIP4.address)]
+    {
+        let words: Vec<&str> = ["ip"].into_iter().chain(command.split(' ')).collect();
+        lab.succeed("n1", &words);
+    }
+    let server = ["python3", "-m", "http.server", "80", "--bind", VIP4.address, "--directory"];
+    let directory = lab.file("n1.served");
+    fs::create_dir(&directory).unwrap();
+    fs::copy(lab.file("big"), directory.join("big")).unwrap();
+    let _server = lab.start("n1", &[&server[..], &[directory.to_str().unwrap()]].concat());
+    let daemon = Daemon::start(&lab, "n1");
+    let service = json!({
+        "name": "web", "vip": VIP4.address, "ports": ["80/tcp"], "vni": 100,
+        "backends": [{ "name": "here", "vtep": "10.77.0.11", "mac": mac }],
+    });
+    let (status, answer) = daemon.call("POST", "/v1/services", &service, "");
+    assert_eq!(status, 201, "{answer}");
+
+    let (big, copy) = (lab.file("big"), lab.file("copy"));
+    let url = format!("{}/big", VIP4.url);
+    let fetch = ["curl", "-sSf", "--max-time", "20", "--retry", "3", "--retry-connrefused", "-o"];
+    lab.succeed("client", &[&fetch[..], &[copy.to_str().unwrap(), &url]].concat());
+    assert_same_content(&big, &copy);
+    let received = lab.succeed("n1", &["cat", "/sys/class/net/vx100/statistics/rx_packets"]);
+    assert!(received.trim().parse::<u64>().unwrap() > 10, "all came by the tunnel: {received}");
 }
