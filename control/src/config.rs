@@ -21,6 +21,7 @@ use std::{
 use dataplane::{
     connections::{self, Timeouts},
     memory::AllocationError,
+    nat,
     wire::ethernet::MacAddr,
 };
 use serde::Deserialize;
@@ -31,7 +32,7 @@ pub use self::{
     settings::MIN_HANG_TIMEOUT_MS,
     spec::{BackendSpec, Remark, Scheduler, ServiceSpec},
 };
-use crate::desired::Desired;
+use crate::desired::{Desired, Vip};
 
 /// All that an operator can say. `config/example.toml` documents the keys.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -44,6 +45,8 @@ pub struct Config {
     pub dataplane: Dataplane,
     /// The table of remembered flows.
     pub connections: Connections,
+    /// The table of translated connections.
+    pub nat: Nat,
     /// The choice of backends for new connections.
     pub maglev: Maglev,
     /// What is refused beyond.
@@ -258,6 +261,27 @@ pub struct Connections {
     pub udp_idle_s: u32,
 }
 
+/// `[nat]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Nat {
+    /// Mesh addresses that there is room for, of all overlays.
+    pub addresses: u32,
+    /// The first port of each that stands for a connection.
+    pub first_port: u16,
+    /// The last one.
+    pub last_port: u16,
+    /// Idle time of a TCP connection that the client has not completed yet.
+    pub opening_s: u32,
+    /// Idle time of an established one.
+    pub tcp_idle_s: u32,
+    /// Idle time of one that one side has closed.
+    pub half_closed_s: u32,
+    /// How long the port of one rests that the backend has closed first.
+    pub time_wait_s: u32,
+    /// Idle time of UDP.
+    pub udp_idle_s: u32,
+}
+
 /// `[maglev]`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Maglev {
@@ -405,6 +429,36 @@ impl Connections {
     }
 }
 
+impl Default for Nat {
+    fn default() -> Self {
+        let nat::Timeouts { opening_s, tcp_idle_s, half_closed_s, time_wait_s, udp_idle_s } =
+            nat::Timeouts::default();
+        Self {
+            addresses: 4,
+            first_port: 1024,
+            last_port: u16::MAX,
+            opening_s,
+            tcp_idle_s,
+            half_closed_s,
+            time_wait_s,
+            udp_idle_s,
+        }
+    }
+}
+
+impl Nat {
+    /// The table for all workers.
+    ///
+    /// # Errors
+    /// If there is no memory for it.
+    pub fn slots(&self) -> Result<nat::Slots, AllocationError> {
+        let Self { opening_s, tcp_idle_s, half_closed_s, time_wait_s, udp_idle_s, .. } = *self;
+        let timeouts =
+            nat::Timeouts { opening_s, tcp_idle_s, half_closed_s, time_wait_s, udp_idle_s };
+        nat::Slots::new(self.addresses as usize, timeouts, self.first_port..=self.last_port)
+    }
+}
+
 impl Default for Maglev {
     fn default() -> Self {
         Self { table_size: 5003, seed: "wiremesh".to_owned() }
@@ -418,14 +472,19 @@ impl Default for Limits {
 }
 
 impl Limits {
-    /// Whether a process that was started with these limits can take over what is wanted: its tables and
-    /// maps have the size they have.
+    /// Whether a process that was started with these limits can take over what is wanted, on a node with these
+    /// addresses: its tables and maps have the size they have.
     ///
     /// # Errors
     /// The first limit exceeded.
-    pub fn admit(&self, desired: &Desired) -> Result<(), Exceeded> {
+    pub fn admit(&self, desired: &Desired, addresses: &[IpAddr]) -> Result<(), Exceeded> {
         let services = desired.services.iter();
-        let vips = services.clone().map(|service| service.ports.len()).sum();
+        let own = addresses.iter().filter(|address| address.is_ipv4()).count();
+        let vips = services.clone().map(|service| match service.vip {
+            Vip::Address(_) => service.ports.len(),
+            Vip::Node => service.ports.len() * own,
+        });
+        let vips = vips.sum();
         let backends = services.map(|service| service.backends.len()).sum();
         let checks =
             [(vips, self.vips, "ports", "vips"), (backends, self.backends, "backends", "backends")];
@@ -467,6 +526,7 @@ impl Config {
         let api = settings::api(&written.api, report);
         let dataplane = settings::dataplane(&written.dataplane, report);
         let connections = settings::connections(&written.connections, report);
+        let nat = settings::nat(&written.nat, report);
         let maglev = settings::maglev(&written.maglev, report);
         let limits = settings::limits(&written.limits, report);
         let next_hops = services::next_hops(&written.next_hop, report);
@@ -475,7 +535,7 @@ impl Config {
         let services =
             services::services(&written.service, &overlays, vteps, &maglev, &limits, report);
         let desired = Desired { services, overlays };
-        Self { node, api, dataplane, connections, maglev, limits, next_hops, desired }
+        Self { node, api, dataplane, connections, nat, maglev, limits, next_hops, desired }
     }
 
     /// The keys that differ in `new` and that a running process cannot change. The rest (services,
@@ -505,6 +565,10 @@ impl Config {
             }
             connections: Connections {
                 capacity, admissions_per_s, unconfirmed_s, tcp_idle_s, tcp_closing_s, udp_idle_s
+            }
+            nat: Nat {
+                addresses, first_port, last_port, opening_s, tcp_idle_s, half_closed_s, time_wait_s,
+                udp_idle_s
             }
             maglev: Maglev { table_size, seed }
             limits: Limits { backends, vips, health_checks, local_clients }

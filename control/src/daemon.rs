@@ -9,7 +9,7 @@ mod report;
 mod steering;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap},
     io,
     net::IpAddr,
     path::Path,
@@ -21,9 +21,10 @@ use dataplane::{
     flow::HashKey,
     forwarding::Forwarding,
     maglev::Size,
+    memory::AllocationError,
+    nat,
     port::xsk::{self, XskError},
     publish::{Generation, Publisher},
-    steer,
     time::Tick,
 };
 use foldhash::HashSet;
@@ -42,11 +43,10 @@ use crate::{
     desired::{Conflict, Desired, Overlay, Service, Vip, join},
     health::{Checks, Home, Verdict, Verdicts},
     link::{self, LinkError},
-    local::{Limits, LocalClients, LocalLink, LocalLinkError, Refused},
+    local::{FAR_ADDRESS, Limits, LocalClients, LocalLink, LocalLinkError, Refused},
+    mesh::Teacher,
     next_hop::{Hops, NextHopError, NextHops},
-    plan::{
-        Inputs, Interface, Placement, Plan, PlanError, Planner, Settings, SteerKey, health_of, home,
-    },
+    plan::{Inputs, Interface, Placement, Plan, PlanError, Planner, Settings, Steering, health_of},
     source::{
         api::{Store, StoreError},
         file::{Cause, FileSource, FileSourceError},
@@ -99,6 +99,9 @@ pub enum RunError {
     /// The link of our own.
     #[error(transparent)]
     LocalLink(#[from] LocalLinkError),
+    /// Memory for translated connections.
+    #[error("no memory for nat.addresses")]
+    Nat(#[from] AllocationError),
     /// Sockets, steering, threads.
     #[error(transparent)]
     Start(#[from] StartError),
@@ -245,11 +248,16 @@ struct Daemon {
     config: Config,
     wanted: Wanted,
     interfaces: Vec<Interface>,
+    /// This node's, on all its interfaces.
+    addresses: Vec<IpAddr>,
+    /// Connections of mode `nat`.
+    nat: Arc<nat::Slots>,
     next_hops: NextHops,
     /// Whose ways are followed.
     vteps: BTreeSet<IpAddr>,
     hops: Hops,
     checks: Checks,
+    teacher: Teacher,
     verdicts: Verdicts,
     planner: Planner,
     /// Must outlive the workers, so that they free no snapshot.
@@ -269,7 +277,7 @@ struct Daemon {
     drained_at: Option<SystemTime>,
     steered: Steered,
     /// What was last wanted to be steered, if it is in full.
-    in_step: Option<Arc<BTreeMap<SteerKey, bool>>>,
+    in_step: Option<Arc<Steering>>,
     /// `None` if nothing is to be announced.
     announcing: Option<Announcing>,
     refused: Option<String>,
@@ -282,7 +290,6 @@ struct Daemon {
 impl Daemon {
     async fn start(mut config: Config, wanted: Wanted) -> Result<Self, RunError> {
         config.desired = wanted.join(&config.node.vteps())?;
-        config.limits.admit(&config.desired)?;
         let names = match &config.node.interfaces[..] {
             [] => vec![link::default_route_interface().await?],
             names => names.to_vec(),
@@ -291,9 +298,11 @@ impl Daemon {
         let mut queues: Vec<Queues> = links.iter().map(queues).collect();
         let local_link = local_link(&config, &queues).await?;
         queues.extend(local_link.as_ref().map(LocalLink::queues));
+        let addresses = own_addresses(local_link.as_ref()).await?;
+        config.limits.admit(&config.desired, &addresses)?;
         let interfaces = interfaces(&links, local_link.as_ref());
         let next_hops = NextHops::start(links.iter().map(|link| link.device.index).collect())?;
-        let vteps = vteps(&config, &interfaces);
+        let vteps = vteps(&config, if local_link.is_some() { &addresses } else { &[] });
         next_hops.want(&vteps);
         if !next_hops.settled(RESOLVE_TIMEOUT).await {
             warn!("some next hops are still being resolved; starting without them");
@@ -301,11 +310,13 @@ impl Daemon {
         let hops = next_hops.subscribe().borrow().clone();
         let mut planner = planner(&config);
         let verdicts = Verdicts::default();
-        let plan = planner.plan(&inputs(&config, &hops, &verdicts, &interfaces), Tick(0))?;
+        let nat = Arc::new(config.nat.slots()?);
+        let inputs = inputs(&config, (&hops, &verdicts), (&interfaces, &addresses), &nat);
+        let plan = planner.plan(&inputs, Tick(0))?;
         let announcing = config.node.announce_table.map(Announcing::new).transpose();
         let announcing = announcing.map_err(LinkError::Socket)?;
         let mut publisher = Publisher::new(Arc::new(plan.forwarding));
-        let fleet = Fleet::start(&config, &queues, &mut publisher)?;
+        let fleet = Fleet::start(&config, &queues, &mut publisher, &nat)?;
         fleet.leave_cores_to_workers();
         // Where we are now, off the workers' cores.
         let limit = config.limits.health_checks as usize;
@@ -315,16 +326,21 @@ impl Daemon {
         let local_clients = local_clients.transpose().map_err(RunError::LocalClients)?;
         let nothing = || watch::channel(Refused::default()).1;
         let local_refused = local_clients.as_ref().map_or_else(nothing, LocalClients::refused);
+        let home = local_link.as_ref().map(|_| FAR_ADDRESS);
+        let teacher = Teacher::start(config.node.vteps(), home);
         let generation = publisher.generation();
         let mut daemon = Self {
             placed: config.desired.clone(),
             config,
             wanted,
             interfaces,
+            addresses,
+            nat,
             next_hops,
             vteps,
             hops,
             checks,
+            teacher,
             verdicts,
             planner,
             fleet,
@@ -349,6 +365,7 @@ impl Daemon {
         // Published before steered: XDP never hands over what no worker knows.
         daemon.steer_more(&plan.steer)?;
         daemon.check();
+        daemon.teach();
         daemon.announce(plan.announced).await;
         info!(node = daemon.config.node.name, vips = daemon.steered.len(), "ready");
         Ok(daemon)
@@ -411,7 +428,7 @@ impl Daemon {
             None => wanted.join(&next.node.vteps()),
         };
         let admitted = joined.map_err(RunError::from).and_then(|desired| {
-            self.config.limits.admit(&desired)?;
+            self.config.limits.admit(&desired, &self.addresses)?;
             next.desired = desired;
             Ok(())
         });
@@ -419,11 +436,12 @@ impl Daemon {
             error!("change refused, the running state stays: {refused}");
             return Err(refused);
         }
-        let vteps = vteps(&next, &self.interfaces);
+        let vteps = vteps(&next, if self.local_link.is_some() { &self.addresses } else { &[] });
         let outcome = self.go_over(next, &vteps).await;
         if outcome.is_ok() {
             (self.wanted, self.vteps) = (wanted, vteps);
             self.check();
+            self.teach();
         }
         // Nobody else's ways are followed any more, or still.
         self.next_hops.want(&self.vteps);
@@ -479,6 +497,11 @@ impl Daemon {
         self.checks.want(&self.config.desired, home);
     }
 
+    /// Teaches backends where this node's mesh addresses live. Once XDP steers what they send there.
+    fn teach(&self) {
+        self.teacher.want(&self.config.desired, &self.addresses);
+    }
+
     /// What is thought of backends has changed.
     async fn rejudge(&mut self) {
         let mut moved = false;
@@ -498,7 +521,7 @@ impl Daemon {
             return;
         }
         // Nothing that workers have to know.
-        let inputs = inputs(&self.config, &self.hops, &self.verdicts, &self.interfaces);
+        let inputs = self.inputs(&self.hops);
         let placed = self.placed.backends().zip(self.backends.iter());
         let rejudge = |((service, backend), placement): ((&Service, _), &Placement)| Placement {
             health: health_of(&inputs, service, backend),
@@ -536,8 +559,12 @@ impl Daemon {
     async fn relink(&mut self) -> Result<(), RunError> {
         let followed = self.interfaces.iter().filter(|i| i.home.is_none());
         let names: Vec<&str> = followed.map(|i| i.name.as_str()).collect();
-        let links = match time::timeout(LINK_TIMEOUT, link::links(&names)).await {
-            Ok(Ok(links)) => links,
+        let looked = async {
+            let links = link::links(&names).await?;
+            Ok((links, own_addresses(self.local_link.as_ref()).await?))
+        };
+        let (links, addresses) = match time::timeout(LINK_TIMEOUT, looked).await {
+            Ok(Ok(looked)) => looked,
             Ok(Err(LinkError::Missing { name, .. })) => {
                 let since = *self.missing.get_or_insert_with(Instant::now);
                 return match since.elapsed() {
@@ -560,16 +587,18 @@ impl Daemon {
             return Err(RunError::LinkReplaced(name.to_owned()));
         }
         self.requeue(links.iter().map(|link| link.rx_queues).collect());
-        if interfaces == self.interfaces {
+        if (&interfaces, &addresses) == (&self.interfaces, &self.addresses) {
             return Ok(());
         }
         info!("an interface's address or MTU has changed");
         let before = std::mem::replace(&mut self.interfaces, interfaces);
+        let addresses_before = std::mem::replace(&mut self.addresses, addresses);
         if before.iter().map(|i| i.mtu).ne(self.interfaces.iter().map(|i| i.mtu)) {
             warn_too_large(&self.interfaces, self.config.dataplane.frame_size_bytes);
         }
         let hops = self.hops.clone();
         self.check();
+        self.teach();
         let followed = match self.follow_macs() {
             Ok(()) => self.replan(hops).await,
             Err(refused) => Err(refused),
@@ -577,7 +606,7 @@ impl Daemon {
         if let Err(refused) = followed {
             log_refused("the change", &refused);
             if !changed_something(&refused) {
-                self.interfaces = before;
+                (self.interfaces, self.addresses) = (before, addresses_before);
             }
         }
         Ok(())
@@ -609,9 +638,12 @@ impl Daemon {
     /// Plans anew and brings workers, XDP and routers in step: what is announced is always a part of what
     /// is steered, and that of what workers know.
     async fn replan(&mut self, hops: Hops) -> Result<(), RunError> {
-        let inputs = inputs(&self.config, &hops, &self.verdicts, &self.interfaces);
+        let now = self.fleet.now();
+        // Not by a method: the planner is borrowed mutably beside.
+        let (told, own) = ((&hops, &self.verdicts), (&self.interfaces[..], &self.addresses[..]));
+        let inputs = inputs(&self.config, told, own, &self.nat);
         let Plan { forwarding, steer, announced, backends, drained_at } =
-            self.planner.plan(&inputs, self.fleet.now())?;
+            self.planner.plan(&inputs, now)?;
         self.announce_less(&announced).await;
         let before = self.in_step.take();
         let in_step = before.is_some_and(|before| Arc::ptr_eq(&before, &steer));
@@ -642,6 +674,12 @@ impl Daemon {
         clients.want(ports.collect());
     }
 
+    /// What a plan is made from.
+    fn inputs<'a>(&'a self, hops: &'a Hops) -> Inputs<'a> {
+        let own = (&self.interfaces[..], &self.addresses[..]);
+        inputs(&self.config, (hops, &self.verdicts), own, &self.nat)
+    }
+
     /// Before anything is taken away, what depends on it is announced no more.
     async fn announce_less(&mut self, wanted: &BTreeSet<IpAddr>) {
         if let Some(announcing) = &mut self.announcing {
@@ -657,12 +695,11 @@ impl Daemon {
     }
 
     /// Steers no more what is not in `wanted`, and lets the workers finish what they have of it.
-    async fn steer_less(&mut self, wanted: &BTreeMap<SteerKey, bool>) -> Result<(), NotSteered> {
+    async fn steer_less(&mut self, wanted: &Steering) -> Result<(), NotSteered> {
         let gone = {
             let mut steers = self.fleet.steers();
-            self.steered.less(wanted, |key| {
-                steers.iter_mut().try_for_each(|steer| steer.remove_vip(steer_key(key)))
-            })?
+            self.steered
+                .less(wanted, |key| steers.iter_mut().try_for_each(|steer| steer.remove_vip(key)))?
         };
         if !gone {
             return Ok(());
@@ -684,12 +721,9 @@ impl Daemon {
     }
 
     /// Steers all of `wanted`.
-    fn steer_more(&mut self, wanted: &BTreeMap<SteerKey, bool>) -> Result<(), NotSteered> {
+    fn steer_more(&mut self, wanted: &Steering) -> Result<(), NotSteered> {
         let mut steers = self.fleet.steers();
-        let add = |key, answer_arp| {
-            let flags = if answer_arp { steer::ANSWER_ARP } else { 0 };
-            steers.iter_mut().try_for_each(|steer| steer.add_vip(steer_key(key), flags))
-        };
+        let add = |key, flags| steers.iter_mut().try_for_each(|steer| steer.add_vip(key, flags));
         Ok(self.steered.more(wanted, add)?)
     }
 
@@ -753,6 +787,12 @@ fn client_limits(config: &Config) -> Limits {
     }
 }
 
+/// This node's addresses: also that of the local link's far end, where workers are the node.
+async fn own_addresses(local_link: Option<&LocalLink>) -> Result<Vec<IpAddr>, LinkError> {
+    let far = local_link.map(LocalLink::interface).into_iter().flat_map(|far| far.addresses);
+    Ok(link::own_addresses().await?.into_iter().chain(far).collect())
+}
+
 /// What the workers have ports on, in their order.
 fn interfaces(links: &[link::Link], local_link: Option<&LocalLink>) -> Vec<Interface> {
     links.iter().map(interface).chain(local_link.map(LocalLink::interface)).collect()
@@ -781,9 +821,9 @@ fn interface(link: &link::Link) -> Interface {
 
 fn inputs<'a>(
     config: &'a Config,
-    hops: &'a Hops,
-    health: &'a Verdicts,
-    interfaces: &'a [Interface],
+    (hops, health): (&'a Hops, &'a Verdicts),
+    (interfaces, addresses): (&'a [Interface], &'a [IpAddr]),
+    nat: &'a nat::Slots,
 ) -> Inputs<'a> {
     Inputs {
         desired: &config.desired,
@@ -791,6 +831,8 @@ fn inputs<'a>(
         health,
         next_hops: &config.next_hops,
         interfaces,
+        addresses,
+        nat: Some(nat),
         vtep: config.node.vtep,
         vtep6: config.node.vtep6,
         answer_arp: config.node.answer_arp,
@@ -810,25 +852,14 @@ pub fn planner(config: &Config) -> Planner {
     })
 }
 
-/// The VTEPs that the kernel has to be asked for: not those that the operator has told all about, nor this
-/// node's own, if there is a way home.
-fn vteps(config: &Config, interfaces: &[Interface]) -> BTreeSet<IpAddr> {
+/// The VTEPs that the kernel has to be asked for: not those that the operator has told all about, nor those
+/// that are at `home`, this node's own if there is a way to them.
+fn vteps(config: &Config, home: &[IpAddr]) -> BTreeSet<IpAddr> {
     let said = config.next_hops.iter().filter(|hop| hop.interface.is_some());
-    let mut said: BTreeSet<IpAddr> = said.map(|hop| hop.vtep).collect();
-    if home(interfaces).is_some() {
-        said.extend(config.node.vteps());
-        said.extend(interfaces.iter().flat_map(|interface| interface.addresses.iter().copied()));
-    }
+    let said: BTreeSet<IpAddr> = said.map(|hop| hop.vtep).chain(home.iter().copied()).collect();
     // Many share one: a hash is cheaper than a comparison for each.
     let all: HashSet<IpAddr> = config.desired.backends().map(|(_, b)| b.vtep).collect();
     all.into_iter().filter(|vtep| !said.contains(vtep)).collect()
-}
-
-fn steer_key((address, protocol, port): SteerKey) -> steer::Key {
-    match (protocol, port) {
-        (0, 0) => steer::Key::Address(address),
-        _ => steer::Key::Port { address, protocol, port },
-    }
 }
 
 fn log_warnings(warnings: &[Warning]) {

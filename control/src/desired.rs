@@ -197,7 +197,7 @@ pub struct Overlay {
     pub owner: Owner,
     /// Its number. Unique.
     pub vni: Vni,
-    /// This node's mesh addresses: used by nobody else. At least one.
+    /// This node's mesh addresses, IPv4: used by nobody else. At least one.
     pub addresses: Vec<IpAddr>,
     /// Where frames inside the tunnel come from.
     pub mac: MacAddr,
@@ -224,9 +224,6 @@ impl Overlay {
         let Some(address) = backend.address else { return Ok(overlay) };
         if overlay.addresses.contains(&address) {
             return Err(OutOfMesh::Ours { vni, address });
-        }
-        if !overlay.addresses.iter().any(|own| own.is_ipv4() == address.is_ipv4()) {
-            return Err(OutOfMesh::OtherFamily { vni, address });
         }
         Ok(overlay)
     }
@@ -263,14 +260,6 @@ pub enum OutOfMesh {
         /// Its network.
         vni: u32,
         /// The address.
-        address: IpAddr,
-    },
-    /// It has nobody to answer to.
-    #[error("this node has no address in the overlay {vni} that {address} could answer to")]
-    OtherFamily {
-        /// Its network.
-        vni: u32,
-        /// The backend's.
         address: IpAddr,
     },
 }
@@ -444,7 +433,7 @@ pub enum Claim {
     Port(Vip, ServicePort),
     /// One's VIP is where the other's tunnel ends: its packets would come back to us.
     TunnelEnd(IpAddr),
-    /// A UDP port of this node's addresses, where one publishes and an overlay's tunnels end.
+    /// A UDP port that one publishes and an overlay's tunnels end at.
     TunnelPort(u16),
     /// One's backend is not in an overlay as it has to be for mode `nat`: its index, and why.
     Mesh(usize, OutOfMesh),
@@ -487,8 +476,11 @@ impl fmt::Display for Conflict {
                 f.write_str(" ends there")
             }
             Claim::TunnelPort(port) => {
-                write!(f, "the {owner}'s `{name}` publishes {port}/udp of this node, where its ")?;
-                f.write_str("tunnels end")
+                write!(
+                    f,
+                    "the {owner}'s `{name}` publishes {port}/udp, and tunnels of this node "
+                )?;
+                f.write_str("end at that port")
             }
             Claim::Mesh(_, why) => {
                 write!(f, "a backend of the {owner}'s `{name}` can't be reached by nat: {why}")
@@ -525,7 +517,8 @@ pub fn join(
                 return conflict(Claim::Port(service.vip, port.published), first, service);
             }
         }
-        if let Some(address) = service.vip.address() {
+        // What is translated may well be at this node's own address.
+        if let (Mode::Dsr, Some(address)) = (service.mode, service.vip.address()) {
             vips.insert(address, service);
         }
         in_mesh(service, overlays)?;
@@ -550,17 +543,15 @@ pub fn join(
     Ok(Desired { services, overlays: overlays.to_vec() })
 }
 
-/// Whether a service finds what mode `nat` needs.
+/// Whether a service gets on with the overlays, and finds there what mode `nat` needs.
 fn in_mesh(service: &Service, overlays: &[Overlay]) -> Result<(), Conflict> {
     let conflict =
         |claim| Err(Conflict { claim, one: (service.owner, service.name.clone()), other: None });
-    if service.mode != Mode::Nat {
-        return Ok(());
-    }
     if let Some(port) = tunnel_port(service, overlays) {
         return conflict(Claim::TunnelPort(port));
     }
-    for (index, backend) in service.backends.iter().enumerate() {
+    let translated = service.backends.iter().filter(|_| service.mode == Mode::Nat);
+    for (index, backend) in translated.enumerate() {
         if let Err(why) = Overlay::of(backend, overlays) {
             return conflict(Claim::Mesh(index, why));
         }
@@ -568,14 +559,13 @@ fn in_mesh(service: &Service, overlays: &[Overlay]) -> Result<(), Conflict> {
     Ok(())
 }
 
-/// A port that it publishes on this node's addresses, and that tunnels end at.
+/// A port that it publishes, and that tunnels of this node end at: workers tell these by the port alone.
 pub fn tunnel_port(service: &Service, overlays: &[Overlay]) -> Option<u16> {
     let is_tunnels = |port: &PortMapping| {
         port.published.protocol == Protocol::Udp
             && overlays.iter().any(|overlay| overlay.port == port.published.port)
     };
-    let mut ports = service.ports.iter().filter(|_| service.vip == Vip::Node);
-    ports.find(|port| is_tunnels(port)).map(|port| port.published.port)
+    service.ports.iter().find(|port| is_tunnels(port)).map(|port| port.published.port)
 }
 
 #[cfg(test)]
@@ -651,7 +641,7 @@ mod tests {
             (
                 nat(100, "4780-4790/udp", "10.99.1.2"),
                 &one,
-                "the api's `shop` publishes 4789/udp of this node, where its tunnels end",
+                "the api's `shop` publishes 4789/udp, and tunnels of this node end at that port",
             ),
             (
                 nat(100, "80/tcp", "10.99.1.2"),

@@ -10,9 +10,10 @@ use std::{
 use dataplane::{
     connections::{Connections, Timeouts, Verdict},
     counters::{Counters, DropReason},
-    flow::{Flow, FlowKey, HashKey, Kind, protocol, tcp_flags},
+    flow::{Address, Flow, FlowKey, HashKey, Kind, protocol, tcp_flags},
     forwarding::{Forwarding, Slot},
     memory::AllocationError,
+    nat::Slots,
     schedule::{self, Scheduler},
     select::{self, Context},
     time::Tick,
@@ -22,7 +23,7 @@ use utoipa::ToSchema;
 
 use crate::{
     config::{self, Config},
-    desired::{self, Backend, Desired, Protocol, Service, ServicePort, port_ranges},
+    desired::{self, Backend, Desired, Mode, Protocol, Service, ServicePort, port_ranges},
     offline::Offline,
     plan::{Placement, PlanError},
     view::{self, Observed, View},
@@ -71,6 +72,9 @@ pub enum Explanation {
         vni: u32,
         /// Its MAC address there.
         mac: String,
+        /// In mode `nat`: the address and port that packets are translated to.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        target: Option<String>,
         /// How many of the service's backends take new connections.
         candidates: usize,
         /// Those that drain.
@@ -107,6 +111,7 @@ impl fmt::Display for Explanation {
                 port,
                 vni,
                 mac,
+                target,
                 why,
                 ..
             } => {
@@ -117,6 +122,9 @@ impl fmt::Display for Explanation {
                     writeln!(f, "backend  {one}")?;
                 } else {
                     writeln!(f, "backend  any of {candidates}; {one}, if it can't be remembered")?;
+                }
+                if let Some(target) = target {
+                    writeln!(f, "nat      to {target}")?;
                 }
                 writeln!(f, "tunnel   VNI {vni} to {tunnel}, inner MAC {mac}")?;
                 writeln!(f, "because  {why}")
@@ -137,6 +145,22 @@ pub struct Explained {
     pub first_packet: Explanation,
     /// Who remembers it. A packet that is no SYN goes where the worker that gets it remembers.
     pub remembered: Vec<Remembered>,
+    /// How it is translated, in mode `nat`, if it is open.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub translated: Option<Translated>,
+}
+
+/// A connection of mode `nat`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Translated {
+    /// Whom the backend takes for its client: a mesh address of this node, and a port.
+    pub mesh: String,
+    /// Whom it has connected to.
+    pub target: String,
+    /// The backend; empty if it was removed, or is down and its connections go elsewhere.
+    pub backend: String,
+    /// `opening`, `established`, `closing`, `closed`, `reset` or `datagrams`.
+    pub state: String,
 }
 
 /// A worker remembers a connection.
@@ -154,6 +178,13 @@ pub struct Remembered {
 impl fmt::Display for Explained {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.first_packet)?;
+        if let Some(Translated { mesh, target, backend, state }) = &self.translated {
+            let whose = match &**backend {
+                "" => "a backend that is gone or down",
+                name => name,
+            };
+            return writeln!(f, "now      {state}: {mesh} speaks to {target}, which is {whose}");
+        }
         if self.remembered.is_empty() {
             return writeln!(f, "now      no worker remembers it: its next packet is treated so");
         }
@@ -181,7 +212,7 @@ pub fn explain(
     vip: SocketAddr,
 ) -> Result<Explanation, ExplainError> {
     let flow = first_packet(protocol, client, vip)?;
-    let Offline { forwarding, backends, .. } = Offline::new(config)?;
+    let Offline { forwarding, backends, .. } = Offline::new(config, None)?;
     explained(&flow, protocol, vip, (&config.desired, &backends, &forwarding), None)
 }
 
@@ -202,7 +233,7 @@ pub fn running(
     let first_packet = explained(&flow, protocol, vip, state, bound)?;
     let key = &flow.key;
     let Some(service) = view.forwarding.service_at(key.dst, key.protocol, key.dst_port) else {
-        return Ok(Explained { first_packet, remembered: Vec::new() });
+        return Ok(Explained { first_packet, remembered: Vec::new(), translated: None });
     };
     // What is remembered counts, also if its backend can't be reached now, or is gone: then it has no slot.
     let judge = |slot| match view.forwarding.backend(slot) {
@@ -211,6 +242,11 @@ pub fn running(
         None => Verdict::Serves(None),
     };
     let (hash, now) = (key.hash(&observed.hash_key), observed.now());
+    if view.forwarding.service(service).is_some_and(|service| service.nat.is_some()) {
+        let translated =
+            observed.nat.as_deref().and_then(|slots| translated(slots, hash, key, view));
+        return Ok(Explained { first_packet, remembered: Vec::new(), translated });
+    }
     let remembered = observed.workers.iter().enumerate().filter_map(|(worker, handle)| {
         let (backend, state) = match handle.connections.find(hash, now, judge)? {
             None => (String::new(), "gone"),
@@ -223,7 +259,23 @@ pub fn running(
         };
         Some(Remembered { worker, backend, state: state.to_owned() })
     });
-    Ok(Explained { first_packet, remembered: remembered.collect() })
+    Ok(Explained { first_packet, remembered: remembered.collect(), translated: None })
+}
+
+/// What a connection's slot says, if it has one.
+fn translated(slots: &Slots, hash: u64, key: &FlowKey, view: &View) -> Option<Translated> {
+    let (id, _) = slots.find(hash, key)?;
+    let (state, connection) = slots.connection(id)?;
+    let known = view.forwarding.backend(connection.backend).is_some();
+    let placed = view.desired.backends().zip(view.placements.iter());
+    let mut its = placed.filter(|(_, at)| known && at.slot == connection.backend);
+    let socket = |address: Address, port| SocketAddr::new(address.into(), port).to_string();
+    Some(Translated {
+        mesh: socket(connection.mesh, id.port()),
+        target: socket(connection.task, connection.task_port),
+        backend: its.next().map(|((_, backend), _)| backend.name.clone()).unwrap_or_default(),
+        state: state.label().to_owned(),
+    })
 }
 
 /// A backend that a client is bound to, and the worker that remembers it.
@@ -269,8 +321,21 @@ fn explained(
     };
     let selected = match select::select(flow, hash, forwarding, &mut context) {
         Ok(selected) => selected,
-        Err(reason) => return dropped(reason, why_dropped(desired, placements, protocol, vip)),
+        Err(reason) => {
+            let state = (desired, placements, forwarding);
+            return dropped(reason, why_dropped(state, protocol, vip));
+        }
     };
+    let its = forwarding.service_at(flow.key.dst, flow.key.protocol, flow.key.dst_port);
+    let nat = its.and_then(|its| forwarding.service(its)).and_then(|service| service.nat.as_ref());
+    if nat.is_some_and(|nat| !nat.allows(flow.key.src)) {
+        let (client, service) =
+            (IpAddr::from(flow.key.src), its.and_then(|its| desired.services.get(its as usize)));
+        let networks = service.iter().flat_map(|service| &service.allow);
+        let networks: Vec<String> = networks.map(ToString::to_string).collect();
+        let why = format!("{client} is in none of {}", networks.join(", "));
+        return dropped(DropReason::NotAllowed, why);
+    }
     let placed = |slot: Slot| {
         let mut placed = desired.backends().zip(placements);
         placed.find(|(_, placement)| placement.slot == slot)
@@ -289,14 +354,27 @@ fn explained(
     }
     let own = view::placed(desired, placements).find(|(own, _)| own.name == service.name);
     let (_, own) = own.expect("it is one of them");
-    Ok(forwarded(service, own, backend, worker))
+    Ok(forwarded(service, own, (backend, target(service, backend, protocol, vip)), worker))
+}
+
+/// Where packets to this VIP are translated to, if they are.
+fn target(
+    service: &Service,
+    backend: &Backend,
+    protocol: Protocol,
+    vip: SocketAddr,
+) -> Option<String> {
+    let asked = ServicePort { port: vip.port(), protocol };
+    let port = service.ports.iter().find(|port| port.published == asked)?;
+    let address = backend.address.filter(|_| service.mode == Mode::Nat)?;
+    Some(SocketAddr::new(address, port.target).to_string())
 }
 
 /// `worker` is who remembers that the client is bound to the backend, if it is.
 fn forwarded(
     service: &Service,
     placements: &[Placement],
-    backend: &Backend,
+    (backend, target): (&Backend, Option<String>),
     worker: Option<usize>,
 ) -> Explanation {
     let (mut takers, mut draining) = (Vec::new(), Vec::new());
@@ -344,6 +422,7 @@ fn forwarded(
         port: backend.port,
         vni: backend.vni.get(),
         mac: backend.mac.to_string(),
+        target,
         candidates: takers.len(),
         draining,
         down,
@@ -377,18 +456,16 @@ fn choice(scheduler: desired::Scheduler, count: usize, worker: Option<usize>) ->
 
 /// What the configuration has instead of what was asked for.
 fn why_dropped(
-    desired: &Desired,
-    placements: &[Placement],
+    (desired, placements, forwarding): (&Desired, &[Placement], &Forwarding),
     protocol: Protocol,
     vip: SocketAddr,
 ) -> String {
-    let at = desired::Vip::Address(vip.ip());
-    let at_vip = || desired.services.iter().filter(|service| service.vip == at);
     let asked = ServicePort { port: vip.port(), protocol };
+    let at = Address::from(vip.ip());
     let mut placed = view::placed(desired, placements);
-    if let Some((service, own)) =
-        placed.find(|(service, _)| service.vip == at && service.publishes(asked))
-    {
+    // In the same order. A service on the node is where its addresses are.
+    let its = forwarding.service_at(at, protocol.number(), vip.port());
+    if let Some((service, own)) = its.and_then(|its| placed.nth(its as usize)) {
         let weighted = service.backends.iter().zip(own).filter(|(backend, _)| backend.weight > 0);
         if weighted.clone().count() > 0 && weighted.clone().all(|(_, at)| at.is_down()) {
             return format!("all backends of {} are down, and all_down is stop", service.name);
@@ -399,8 +476,15 @@ fn why_dropped(
             count => format!("all {count} backends of {} have weight 0", service.name),
         };
     }
-    let served: Vec<String> = at_vip()
-        .map(|service| format!("{} on {}", service.name, port_ranges(&service.ports).join(" ")))
+    let is_there = |index: u32| {
+        let service = forwarding.service(index);
+        service.is_some_and(|service| service.vips.iter().any(|vip| vip.address == at))
+    };
+    let at_vip = (0..).zip(&desired.services).filter(|(index, _)| is_there(*index));
+    let served: Vec<String> = at_vip
+        .map(|(_, service)| {
+            format!("{} on {}", service.name, port_ranges(&service.ports).join(" "))
+        })
         .collect();
     match &served[..] {
         [] => format!("{} is no VIP: no service has it", vip.ip()),

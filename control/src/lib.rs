@@ -12,6 +12,7 @@ pub mod explain;
 pub mod health;
 pub mod link;
 pub mod local;
+pub mod mesh;
 pub mod next_hop;
 pub mod offline;
 pub mod plan;

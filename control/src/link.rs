@@ -12,7 +12,7 @@ use futures_util::{StreamExt, TryStreamExt};
 use rtnetlink::{
     Handle,
     packet_route::{
-        address::AddressAttribute,
+        address::{AddressAttribute, AddressMessage},
         link::{
             InfoBond, InfoData, InfoVlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
             VlanProtocol,
@@ -162,6 +162,23 @@ pub async fn links(names: &[impl AsRef<str>]) -> Result<Vec<Link>, LinkError> {
     Ok(links)
 }
 
+/// The addresses of this network namespace that others can send to: of all interfaces, but for loopback and
+/// link-local ones. In order, IPv4 before IPv6.
+///
+/// # Errors
+/// If netlink fails.
+pub async fn own_addresses() -> Result<Vec<IpAddr>, LinkError> {
+    let messages: Vec<_> = connect()?.address().get().execute().try_collect().await?;
+    let is_reachable = |address: &IpAddr| match address {
+        IpAddr::V4(address) => !address.is_loopback() && !address.is_link_local(),
+        IpAddr::V6(address) => !address.is_loopback() && !address.is_unicast_link_local(),
+    };
+    let mut addresses: Vec<IpAddr> = messages.iter().filter_map(own).filter(is_reachable).collect();
+    addresses.sort_unstable();
+    addresses.dedup();
+    Ok(addresses)
+}
+
 /// The name of the interface that the default route leaves by: IPv4's, else IPv6's.
 ///
 /// # Errors
@@ -294,29 +311,27 @@ async fn channels(name: &str) -> Option<u32> {
 async fn addresses(handle: &Handle, index: LinkIndex) -> Result<Vec<IpAddr>, rtnetlink::Error> {
     let request = handle.address().get().set_link_index_filter(index.0).execute();
     let messages: Vec<_> = request.try_collect().await?;
-    let mut addresses: Vec<IpAddr> = messages
-        .iter()
-        .filter(|message| message.header.index == index.0)
-        .filter_map(|message| {
-            // On a point-to-point link `Address` is the peer's and `Local` ours; IPv6 often has
-            // `Address` only.
-            let local = message.attributes.iter().find_map(|attribute| match attribute {
-                AddressAttribute::Local(address) => Some(*address),
-                _ => None,
-            });
-            let address = message.attributes.iter().find_map(|attribute| match attribute {
-                AddressAttribute::Address(address) => Some(*address),
-                _ => None,
-            });
-            local.or(address)
-        })
-        .collect();
+    let mut addresses: Vec<IpAddr> =
+        messages.iter().filter(|message| message.header.index == index.0).filter_map(own).collect();
     // Stable, so that an interface's primary address stays before its secondary ones.
     addresses.sort_by_key(|address| match address {
         IpAddr::V4(address) => (address.is_link_local(), false),
         IpAddr::V6(address) => (address.is_unicast_link_local(), true),
     });
     Ok(addresses)
+}
+
+/// On a point-to-point link `Address` is the peer's and `Local` ours; IPv6 often has `Address` only.
+fn own(message: &AddressMessage) -> Option<IpAddr> {
+    let local = message.attributes.iter().find_map(|attribute| match attribute {
+        AddressAttribute::Local(address) => Some(*address),
+        _ => None,
+    });
+    let address = message.attributes.iter().find_map(|attribute| match attribute {
+        AddressAttribute::Address(address) => Some(*address),
+        _ => None,
+    });
+    local.or(address)
 }
 
 /// Where the default route with the smallest metric leaves, `unspecified` naming the family.

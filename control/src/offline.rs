@@ -3,7 +3,7 @@
 
 use std::{collections::HashMap, fs, sync::Arc, time::SystemTime};
 
-use dataplane::{forwarding::Forwarding, time::Tick};
+use dataplane::{forwarding::Forwarding, nat::Slots, time::Tick};
 
 use crate::{
     config::Config,
@@ -26,11 +26,12 @@ pub struct Offline {
 }
 
 impl Offline {
-    /// Plans what a daemon with this configuration would, if it knew no more than the configuration says.
+    /// Plans what a daemon with this configuration would, if it knew no more than the configuration says. To
+    /// translate packets by it takes NAT's slots.
     ///
     /// # Errors
     /// If what is wanted can't be.
-    pub fn new(config: &Config) -> Result<Self, PlanError> {
+    pub fn new(config: &Config, nat: Option<&Slots>) -> Result<Self, PlanError> {
         let interfaces: Vec<Interface> = match &config.node.interfaces[..] {
             [] => vec![interface("default")],
             names => names.iter().map(|name| interface(name)).collect(),
@@ -41,6 +42,9 @@ impl Offline {
             health: &Default::default(),
             next_hops: &config.next_hops,
             interfaces: &interfaces,
+            // As far as they are configured: it may be another node's.
+            addresses: &config.node.vteps(),
+            nat,
             vtep: config.node.vtep,
             vtep6: config.node.vtep6,
             answer_arp: config.node.answer_arp,

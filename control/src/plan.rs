@@ -3,6 +3,7 @@
 //! Pure but for what must not change between snapshots, a backend's slot, and what need not be made again:
 //! a service that is as it was is taken as it is. It asks nobody and does nothing.
 
+mod banks;
 mod slots;
 
 use std::{
@@ -14,18 +15,25 @@ use std::{
 
 use dataplane::{
     encap::{Template, Tunnel, TunnelError},
-    flow::{Address, HashKey},
-    forwarding::{self, Common, Forwarding, ForwardingError, Link, Slot, Vip},
+    flow::{Address, HashKey, protocol},
+    forwarding::{self, Common, Forwarding, ForwardingError, Link, Mesh, Nat, Prefix, Slot, Vip},
     maglev::{Candidate, Maglev, Size},
+    nat,
     schedule::{Schedule, Taker},
+    steer,
     time::Tick,
     wire::ethernet::MacAddr,
 };
 
-use self::slots::{Full, Slots};
+use ipnet::IpNet;
+
+use self::{
+    banks::Banks,
+    slots::{Full, Slots},
+};
 use crate::{
     config::NextHop,
-    desired::{Backend, Desired, Drain, Mode, PortMapping, Scheduler, Service},
+    desired::{self, Backend, Desired, Drain, Mode, Overlay, Scheduler, Service},
     health::{AllDown, OnDown, Verdict, Verdicts},
     link::LinkIndex,
     next_hop::HopState,
@@ -63,6 +71,10 @@ pub struct Inputs<'a> {
     pub next_hops: &'a [NextHop],
     /// Our interfaces.
     pub interfaces: &'a [Interface],
+    /// All addresses of this node that others can send to, those of its other interfaces too.
+    pub addresses: &'a [IpAddr],
+    /// NAT's slots, of which each mesh address gets a bank; `None` where nothing is ever translated.
+    pub nat: Option<&'a nat::Slots>,
     /// Tunnel source, if said.
     pub vtep: Option<IpAddr>,
     /// Tunnel source over IPv6, if said.
@@ -77,16 +89,16 @@ pub struct Inputs<'a> {
     pub time: SystemTime,
 }
 
-/// What XDP steers: address, protocol, port; protocol and port 0 for the address itself.
-pub type SteerKey = (Address, u8, u16);
+/// What XDP steers, each with its flags.
+pub type Steering = BTreeMap<steer::Key, u32>;
 
 /// The result.
 #[derive(Debug)]
 pub struct Plan {
     /// For the workers.
     pub forwarding: Forwarding,
-    /// For XDP, with each key's "answer ARP" flag. The same one again, if nothing of it has changed.
-    pub steer: Arc<BTreeMap<SteerKey, bool>>,
+    /// For XDP. The same one again, if nothing of it has changed.
+    pub steer: Arc<Steering>,
     /// For routers, if VIPs are announced: those with a backend that serves. No ARP is answered for others.
     pub announced: BTreeSet<IpAddr>,
     /// For people: one for each backend, in order of services and backends.
@@ -140,9 +152,21 @@ pub enum PlanError {
         /// The limit.
         limit: usize,
     },
-    /// Nothing forwards it yet.
-    #[error("the service {0} has mode nat, which this build does not forward yet")]
-    Nat(String),
+    /// No bank of NAT slots is free.
+    #[error(
+        "no ports for the mesh address {address} of overlay {vni}: nat.addresses is {limit}, and {resting} \
+         of them keep connections of addresses that are gone; restart with it raised"
+    )]
+    NoBank {
+        /// The address's network.
+        vni: u32,
+        /// The address.
+        address: IpAddr,
+        /// Banks of addresses that are gone.
+        resting: usize,
+        /// The limit.
+        limit: usize,
+    },
     /// Two services claim one VIP.
     #[error(transparent)]
     Forwarding(#[from] ForwardingError),
@@ -179,7 +203,8 @@ pub struct Planner {
     /// By name, as of the last plan.
     planned: HashMap<String, Arc<Planned>>,
     surroundings: Surroundings,
-    steer: Arc<BTreeMap<SteerKey, bool>>,
+    steer: Arc<Steering>,
+    banks: Banks,
     announced: BTreeSet<IpAddr>,
 }
 
@@ -188,6 +213,7 @@ pub struct Planner {
 struct Planned {
     service: Arc<Service>,
     vips: Vec<Vip>,
+    nat: Option<Arc<Nat>>,
     /// Their service's number is the snapshot's to set. `None`: its connections are to go elsewhere.
     backends: Vec<Option<forwarding::Backend>>,
     placements: Vec<Placement>,
@@ -200,11 +226,15 @@ struct Planned {
 }
 
 /// What a service's backends are rendered by, beside the service itself.
-#[derive(Debug, Default, PartialEq)]
+#[derive(Debug, Default)]
 struct Surroundings {
     hops: HashMap<IpAddr, HopState>,
     next_hops: Vec<NextHop>,
     interfaces: Vec<Interface>,
+    addresses: Vec<IpAddr>,
+    overlays: Vec<Overlay>,
+    /// What services have that name an address of this node: theirs before those of `vip = "node"`.
+    named: HashSet<Vip>,
     vtep: Option<IpAddr>,
     vtep6: Option<Ipv6Addr>,
     answer_arp: bool,
@@ -225,6 +255,9 @@ impl Surroundings {
             hops: inputs.hops.clone(),
             next_hops: inputs.next_hops.to_vec(),
             interfaces: inputs.interfaces.to_vec(),
+            addresses: inputs.addresses.to_vec(),
+            overlays: inputs.desired.overlays.clone(),
+            named: named(inputs),
             vtep: inputs.vtep,
             vtep6: inputs.vtep6,
             answer_arp: inputs.answer_arp,
@@ -237,6 +270,9 @@ impl Surroundings {
     fn still(&self, inputs: &Inputs<'_>) -> bool {
         self.next_hops == inputs.next_hops
             && self.interfaces == inputs.interfaces
+            && self.addresses == inputs.addresses
+            && self.overlays == inputs.desired.overlays
+            && self.named == named(inputs)
             && self.vtep == inputs.vtep
             && self.vtep6 == inputs.vtep6
             && self.answer_arp == inputs.answer_arp
@@ -293,6 +329,7 @@ impl Planner {
             planned: HashMap::new(),
             surroundings: Surroundings::default(),
             steer: Arc::default(),
+            banks: Banks::default(),
             announced: BTreeSet::new(),
         }
     }
@@ -304,10 +341,11 @@ impl Planner {
     pub fn plan(&mut self, inputs: &Inputs<'_>, now: Tick) -> Result<Plan, PlanError> {
         self.slots.free_rested(now);
         let made = self.services(inputs, now).and_then(|services| {
-            let forwarding = self.forwarding(inputs, &services)?;
-            Ok((services, forwarding))
+            let (overlays, banks) = self.overlays(inputs)?;
+            let forwarding = self.forwarding((inputs, overlays), &services)?;
+            Ok((services, forwarding, banks))
         });
-        let (services, forwarding) = match made {
+        let (services, forwarding, banks) = match made {
             Ok(made) => made,
             Err(refused) => {
                 self.slots.undo();
@@ -315,6 +353,7 @@ impl Planner {
             }
         };
         self.slots.keep();
+        self.banks = banks;
         self.remember(inputs, &services);
         let placements = services.iter().flat_map(|planned| planned.placements.iter().cloned());
         let drained_at = services.iter().filter_map(|planned| planned.drained_at).min();
@@ -331,13 +370,17 @@ impl Planner {
         // All that is given up is given up before anything is taken: the order must not matter.
         self.give_up(wanted, &before, now);
         let said: Said<'_> = inputs.next_hops.iter().map(|hop| (hop.vtep, hop)).collect();
+        let named = named(inputs);
         let mut services = Vec::with_capacity(wanted.len());
         for (service, before) in wanted.iter().zip(before) {
             services.push(match before {
                 Some(before) if before.stays(service, &stale) && before.is_judged_by(inputs) => {
                     before
                 }
-                before => Arc::new(self.service((inputs, &said), service, before.as_deref())?),
+                before => {
+                    let vips = vips(inputs, &named, service);
+                    Arc::new(self.service((inputs, &said), (service, vips), before.as_deref())?)
+                }
             });
         }
         Ok(services)
@@ -370,12 +413,9 @@ impl Planner {
     fn service(
         &mut self,
         surroundings: (&Inputs<'_>, &Said<'_>),
-        service: &Arc<Service>,
+        (service, vips): (&Arc<Service>, Vec<(Vip, u16)>),
         before: Option<&Planned>,
     ) -> Result<Planned, PlanError> {
-        if service.mode == Mode::Nat {
-            return Err(PlanError::Nat(service.name.clone()));
-        }
         let slots: HashMap<&str, Slot> = before.into_iter().flat_map(Planned::slots).collect();
         let mut backends = Vec::with_capacity(service.backends.len());
         let mut placements = Vec::with_capacity(service.backends.len());
@@ -398,8 +438,19 @@ impl Planner {
         let drained_at = deadlines.filter(|deadline| *deadline > surroundings.0.time).min();
         let (maglev, schedule) = self.chosen_from(service, &placements, before);
         let serves = serves(service, &placements);
-        let (service, vips) = (service.clone(), vips(service));
-        Ok(Planned { service, vips, backends, placements, maglev, schedule, serves, drained_at })
+        let (vips, targets) = vips.into_iter().unzip();
+        let nat = nat(&surroundings.0.desired.overlays, service, targets);
+        Ok(Planned {
+            service: service.clone(),
+            vips,
+            nat,
+            backends,
+            placements,
+            maglev,
+            schedule,
+            serves,
+            drained_at,
+        })
     }
 
     fn take(&mut self, service: &Service, backend: &Backend) -> Result<Slot, PlanError> {
@@ -438,31 +489,64 @@ impl Planner {
         (before.map_or_else(build, |before| before.maglev.clone()), schedule)
     }
 
+    /// The overlays, each mesh address with its bank, and who has which bank then.
+    fn overlays(
+        &self,
+        inputs: &Inputs<'_>,
+    ) -> Result<(Vec<forwarding::Overlay>, Banks), PlanError> {
+        let Some(slots) = inputs.nat else { return Ok((Vec::new(), Banks::default())) };
+        let of = |overlay: &Overlay| {
+            let vni = overlay.vni.get();
+            overlay.addresses.iter().map(move |address| (vni, *address)).collect::<Vec<_>>()
+        };
+        let wanted: Vec<_> = inputs.desired.overlays.iter().flat_map(of).collect();
+        let banks = self.banks.given(&wanted, slots.banks(), |bank| slots.used(bank) == 0)?;
+        let overlay = |overlay: &Overlay| forwarding::Overlay {
+            vni: overlay.vni.get(),
+            udp_port: overlay.port,
+            mac: overlay.mac,
+            // No bound but each way's own.
+            mtu: overlay.mtu.unwrap_or(u16::MAX),
+            mesh: of(overlay)
+                .into_iter()
+                .filter_map(|owner| Some(Mesh { bank: banks.of(owner)?, address: owner.1.into() }))
+                .collect(),
+        };
+        Ok((inputs.desired.overlays.iter().map(overlay).collect(), banks))
+    }
+
     /// Puts the snapshot together.
     fn forwarding(
         &self,
-        inputs: &Inputs<'_>,
+        (inputs, overlays): (&Inputs<'_>, Vec<forwarding::Overlay>),
         services: &[Arc<Planned>],
     ) -> Result<Forwarding, ForwardingError> {
         let mut backends: Vec<Option<forwarding::Backend>> = vec![None; self.slots.end()];
+        let mut tasks = vec![Address::default(); self.slots.end()];
         for (index, planned) in services.iter().enumerate() {
             for (backend, placement) in planned.backends.iter().zip(&planned.placements) {
                 let numbered = |backend| forwarding::Backend { service: index as u32, ..backend };
                 backends[placement.slot as usize] = backend.clone().map(numbered);
+            }
+            let service = &planned.service;
+            let translated = service.backends.iter().filter(|_| service.mode == Mode::Nat);
+            for (backend, placement) in translated.zip(&planned.placements) {
+                tasks[placement.slot as usize] =
+                    backend.address.map(Address::from).unwrap_or_default();
             }
         }
         let service = |planned: &Arc<Planned>| forwarding::Service {
             vips: planned.vips.clone(),
             maglev: planned.maglev.clone(),
             schedule: planned.schedule.clone(),
-            nat: None,
+            nat: planned.nat.clone(),
         };
         let common = Common {
             links: inputs.interfaces.iter().map(link).collect(),
             answer_arp: inputs.answer_arp,
             maglev_key: self.settings.maglev_key,
-            overlays: Vec::new(),
-            tasks: Vec::new(),
+            overlays,
+            tasks,
         };
         Forwarding::new(common, services.iter().map(service).collect(), backends)
     }
@@ -484,7 +568,7 @@ impl Planner {
             false => BTreeSet::new(),
         };
         if !(still && same_vips && announced == self.announced) {
-            self.steer = Arc::new(steer(inputs, &announced));
+            self.steer = Arc::new(steer(inputs, services, &announced));
         }
         self.announced = announced;
         for planned in services {
@@ -566,29 +650,78 @@ fn link(interface: &Interface) -> Link {
     Link { mac: interface.mac, partial_checksums: interface.partial_checksums }
 }
 
-fn vips(service: &Service) -> Vec<Vip> {
-    let Some(address) = service.vip.address() else { return Vec::new() };
-    let vip = |port: &PortMapping| Vip {
-        address: address.into(),
-        protocol: port.published.protocol.number(),
-        port: port.published.port,
-    };
-    service.ports.iter().map(vip).collect()
+/// A service's VIPs at one address, each with its target.
+fn at(service: &Service, address: IpAddr) -> impl Iterator<Item = (Vip, u16)> {
+    service.ports.iter().map(move |port| {
+        let (protocol, number) = (port.published.protocol.number(), port.published.port);
+        (Vip { address: address.into(), protocol, port: number }, port.target)
+    })
 }
 
-fn steer(inputs: &Inputs<'_>, announced: &BTreeSet<IpAddr>) -> BTreeMap<SteerKey, bool> {
-    let mut keys = BTreeMap::new();
-    for service in &inputs.desired.services {
-        for vip in vips(service) {
-            keys.insert((vip.address, vip.protocol, vip.port), false);
+/// What services publish that name an address of this node.
+fn named(inputs: &Inputs<'_>) -> HashSet<Vip> {
+    let named = |service: &Arc<Service>| {
+        let address = service.vip.address();
+        let own = address.filter(|address| inputs.addresses.contains(address));
+        own.into_iter().flat_map(|own| at(service, own)).map(|(vip, _)| vip).collect::<Vec<_>>()
+    };
+    inputs.desired.services.iter().flat_map(named).collect()
+}
+
+/// All VIPs of a service, with their targets. Who names an address has it before who has all.
+fn vips(inputs: &Inputs<'_>, named: &HashSet<Vip>, service: &Service) -> Vec<(Vip, u16)> {
+    match service.vip {
+        desired::Vip::Address(address) => at(service, address).collect(),
+        desired::Vip::Node => {
+            let own = inputs.addresses.iter().filter(|address| address.is_ipv4());
+            let all = own.flat_map(|address| at(service, *address));
+            all.filter(|(vip, _)| !named.contains(vip)).collect()
         }
-        let Some(vip) = service.vip.address() else { continue };
+    }
+}
+
+/// What workers have to know to translate a service's packets.
+fn nat(overlays: &[Overlay], service: &Service, targets: Vec<u16>) -> Option<Arc<Nat>> {
+    if service.mode != Mode::Nat {
+        return None;
+    }
+    // One without backends is in none, which makes no difference to anybody.
+    let vni = service.backends.first().map(|backend| backend.vni);
+    let overlay = overlays.iter().position(|overlay| Some(overlay.vni) == vni).unwrap_or_default();
+    let allow = service.allow.iter().map(prefix).collect();
+    Some(Arc::new(Nat { overlay: overlay as u32, targets, allow }))
+}
+
+fn prefix(network: &IpNet) -> Prefix {
+    let above = if network.addr().is_ipv4() { 128 - 32 } else { 0 };
+    Prefix { address: network.addr().into(), len: above + network.prefix_len() }
+}
+
+fn steer(inputs: &Inputs<'_>, services: &[Arc<Planned>], announced: &BTreeSet<IpAddr>) -> Steering {
+    let mut keys = Steering::new();
+    for planned in services {
+        for Vip { address, protocol, port } in &planned.vips {
+            let (address, protocol, port) = (*address, *protocol, *port);
+            keys.insert(steer::Key::Port { address, protocol, port }, 0);
+        }
+        let Some(vip) = planned.service.vip.address() else { continue };
         // An address that the node itself has keeps its pings, fragments and ARP.
-        let own = inputs.interfaces.iter().any(|i| i.addresses.contains(&vip));
-        if !own {
+        if !inputs.addresses.contains(&vip) {
             // To answer is to announce, on the network next to us.
             let here = !inputs.announce || announced.contains(&vip);
-            keys.insert((vip.into(), 0, 0), inputs.answer_arp && here);
+            let flags = if inputs.answer_arp && here { steer::ANSWER_ARP } else { 0 };
+            keys.insert(steer::Key::Address(vip.into()), flags);
+        }
+    }
+    for overlay in inputs.desired.overlays.iter().filter(|_| inputs.nat.is_some()) {
+        // Who sends to us chooses which of our addresses it knows us by.
+        for address in inputs.addresses {
+            let (address, protocol, port) = ((*address).into(), protocol::UDP, overlay.port);
+            keys.insert(steer::Key::Port { address, protocol, port }, steer::TUNNEL);
+        }
+        for address in &overlay.addresses {
+            let (vni, address) = (overlay.vni.get(), (*address).into());
+            keys.insert(steer::Key::Mesh { vni, address }, steer::ANSWER_ARP);
         }
     }
     keys
@@ -625,15 +758,15 @@ fn way_home(inputs: &Inputs<'_>, vtep: IpAddr) -> Option<Way> {
 }
 
 /// The interface that this very node is at the other end of, and which one it is.
-pub fn home(interfaces: &[Interface]) -> Option<(usize, &Interface)> {
+fn home(interfaces: &[Interface]) -> Option<(usize, &Interface)> {
     interfaces.iter().enumerate().find(|(_, interface)| interface.home.is_some())
 }
 
 /// Where tunnels to this node may end.
 fn own_vteps<'a>(inputs: &Inputs<'a>) -> impl Iterator<Item = IpAddr> + 'a {
     let configured = inputs.vtep.into_iter().chain(inputs.vtep6.map(IpAddr::V6));
-    let links = inputs.interfaces.iter().filter(|interface| interface.home.is_none());
-    configured.chain(links.flat_map(|interface| interface.addresses.iter().copied()))
+    let far = home(inputs.interfaces).map_or(&[][..], |(_, link)| &link.addresses[..]);
+    configured.chain(inputs.addresses.iter().copied().filter(|own| !far.contains(own)))
 }
 
 /// The way to a VTEP: what the operator says of it, else what the kernel says. Or why there is none.
@@ -708,6 +841,8 @@ fn render(
     let v6 = backend.vtep.is_ipv6();
     let src = source(inputs, way.interface, v6, way.src_ip);
     let unspecified = if v6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+    let is_its = |overlay: &&Overlay| service.mode == Mode::Nat && overlay.vni == backend.vni;
+    let overlay = inputs.desired.overlays.iter().find(is_its);
     let tunnel = Tunnel {
         src_mac: way.src_mac,
         dst_mac: way.dst_mac,
@@ -717,7 +852,7 @@ fn render(
         udp_port: backend.port,
         vni: backend.vni.get(),
         inner_dst_mac: backend.mac,
-        inner_src_mac: way.src_mac,
+        inner_src_mac: overlay.map_or(way.src_mac, |overlay| overlay.mac),
         inner_v6: service.vip.is_ipv6(),
         udp_checksum: backend.udp_checksum.unwrap_or(v6),
     };
@@ -727,7 +862,8 @@ fn render(
         source,
     })?;
     let fits = way.mtu.saturating_sub(u32::from(Template::overhead(v6)));
-    let mtu = backend.mtu.map_or(fits, |mtu| fits.min(mtu.into()));
+    let said = backend.mtu.into_iter().chain(overlay.and_then(|overlay| overlay.mtu));
+    let mtu = said.map(u32::from).fold(fits, u32::min);
     let too_narrow = || {
         format!(
             "the way there carries {mtu} bytes, and IPv6 needs {IPV6_MIN_MTU}: raise the MTU of {} to {}",

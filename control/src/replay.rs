@@ -228,7 +228,8 @@ struct Rig {
 
 impl Rig {
     fn new(config: &Config) -> Result<Self, ReplayError> {
-        let offline = Offline::new(config)?;
+        let nat = Arc::new(config.nat.slots()?);
+        let offline = Offline::new(config, Some(&nat))?;
         let mut publisher = Publisher::new(offline.forwarding);
         let counters = Arc::new(Counters::new(config.limits.backends as usize));
         let ports = offline.interfaces.len();
@@ -244,7 +245,7 @@ impl Rig {
             hash_key: HashKey::from_seed("replay"),
             icmp_errors_per_s: config.dataplane.icmp_errors_per_s,
             id: 0,
-            nat: None,
+            nat: Some(nat),
         });
         worker.turn(Tick(0)); // fills the fill rings
         Ok(Self {

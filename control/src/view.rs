@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use dataplane::{counters::Counters, flow::HashKey, forwarding::Forwarding, time::Tick};
+use dataplane::{counters::Counters, flow::HashKey, forwarding::Forwarding, nat, time::Tick};
 use tokio::sync::Mutex;
 
 use crate::{
@@ -35,6 +35,8 @@ pub struct View {
     pub placements: Arc<[Placement]>,
     /// This node's own ends of tunnels, as far as they are configured.
     pub vteps: Vec<IpAddr>,
+    /// This node's addresses: those of `vip = "node"`.
+    pub addresses: Vec<IpAddr>,
     /// What the workers forward by.
     pub forwarding: Arc<Forwarding>,
     /// Why the last change of the configuration was refused, if it was.
@@ -107,6 +109,8 @@ pub struct Observed {
     pub workers: Arc<[Handle]>,
     /// Their queues, as they were bound.
     pub ports: Vec<Vec<PortStatus>>,
+    /// Connections of mode `nat`, of all workers.
+    pub nat: Option<Arc<nat::Slots>>,
     /// What the connection tables are hashed with.
     pub hash_key: HashKey,
     /// Entries of each connection table.
@@ -158,6 +162,7 @@ impl Observed {
         Self {
             node: config.node.name.clone(),
             workers: fleet.workers.clone(),
+            nat: Some(fleet.nat.clone()),
             ports,
             hash_key: fleet.hash_key,
             capacity: config.connections.capacity,
@@ -176,6 +181,7 @@ impl Observed {
         Self {
             node: config.node.name.clone(),
             workers: Arc::default(),
+            nat: None,
             ports: Vec::new(),
             hash_key: HashKey::from_seed(""),
             capacity: config.connections.capacity,
@@ -228,6 +234,14 @@ impl Observed {
             all
         };
         let by_worker = self.workers.iter().map(count).collect();
+        for (_, state, connection) in self.nat.iter().flat_map(|nat| nat.connections()) {
+            // One that has ended only keeps its port from being used again too soon.
+            if let Some(count) = by_slot.get_mut(connection.backend as usize)
+                && !state.is_closed()
+            {
+                *count += 1;
+            }
+        }
         Census { by_slot, by_worker }
     }
 

@@ -22,6 +22,7 @@ use dataplane::{
     flow::HashKey,
     forwarding::Forwarding,
     memory::AllocationError,
+    nat,
     port::{
         BURST,
         xsk::{self, Bell, BindReport, Ear, Rest, Statistics, XskError, XskPort},
@@ -38,6 +39,9 @@ use crate::{
     config::{self, Config, Cores, Idle, MIN_HANG_TIMEOUT_MS, Workers},
     local::Namespace,
 };
+
+/// Room for this node's addresses as ends of tunnels, and for its mesh addresses.
+const TUNNEL_ENDS: u32 = 1024;
 
 /// A worker that only sleeps, and is looked at only so often, must not seem to hang.
 const _: () = assert!(MIN_HANG_TIMEOUT_MS >= 2 * xsk::SLEEP_MS as u32 + TICK_MS);
@@ -184,6 +188,8 @@ pub struct Fleet {
     /// Their threads, each with the word that it hangs.
     threads: Vec<(Arc<AtomicBool>, thread::JoinHandle<()>)>,
     bells: Vec<Bell>,
+    /// Connections of mode `nat`, of all of them.
+    pub nat: Arc<nat::Slots>,
     /// What the connection tables are hashed with.
     pub hash_key: HashKey,
     /// The XDP program of each interface, shared with the watchdog.
@@ -229,6 +235,7 @@ impl Fleet {
         config: &Config,
         queues: &[Queues],
         publisher: &mut Publisher<Forwarding>,
+        nat: &Arc<nat::Slots>,
     ) -> Result<Self, StartError> {
         let count = worker_count(config, queues)?;
         let cores = cores(&config.node.cores)?;
@@ -238,7 +245,7 @@ impl Fleet {
             config::XdpMode::Generic => steer::Mode::Generic,
         };
         // Twice the VIPs, for each may need an entry for its address.
-        let capacity = config.limits.vips.saturating_mul(2);
+        let capacity = config.limits.vips.saturating_mul(2).saturating_add(TUNNEL_ENDS);
         let mut steers = Vec::with_capacity(queues.len());
         for queues in queues {
             let attach = || Steer::attach(&queues.interface, mode, capacity);
@@ -262,6 +269,7 @@ impl Fleet {
             workers: Arc::default(),
             threads: Vec::new(),
             bells: Vec::new(),
+            nat: nat.clone(),
             hash_key,
             steers: Arc::new(Mutex::new(steers)),
             watchdog: None,
@@ -286,7 +294,7 @@ impl Fleet {
                 hash_key,
                 icmp_errors_per_s: config.dataplane.icmp_errors_per_s,
                 id,
-                nat: None,
+                nat: Some(nat.clone()),
             });
             let stop = fleet.stop.clone();
             let spin = match config.dataplane.idle {

@@ -231,8 +231,12 @@ fn write_tcp(packet: &mut [u8], key: &FlowKey, seq: u32, ack: u32, flags: u8) {
 pub fn tunnel(frame: &mut Frame, outer: &Flow, own: MacAddr) {
     return_to_sender(frame.packet_mut(), own);
     let (ip, l4) = split_ip(frame.packet_mut(), outer);
+    let l4_len = l4.len() as u16;
+    l4[4..6].copy_from_slice(&l4_len.to_be_bytes());
     let checksum = if outer.is_v6() {
         swap(&mut ip[8..40]);
+        let payload_len = (ip.len() - ipv6::LEN) as u16 + l4_len;
+        ip[4..6].copy_from_slice(&payload_len.to_be_bytes());
         ip[7] = TTL;
         l4[6..8].fill(0);
         let (src, dst) = (outer.key.dst.0.to_be_bytes(), outer.key.src.0.to_be_bytes());
@@ -243,6 +247,8 @@ pub fn tunnel(frame: &mut Frame, outer: &Flow, own: MacAddr) {
         }
     } else {
         swap(&mut ip[12..20]);
+        let ip_len = ip.len() as u16 + l4_len;
+        ip[2..4].copy_from_slice(&ip_len.to_be_bytes());
         ip[8] = TTL;
         ipv4::seal(ip);
         0 // as RFC 7348 section 4 has it over IPv4

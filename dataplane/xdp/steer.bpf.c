@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0
-/* Steers what belongs to a VIP to its queue's AF_XDP socket, and leaves all else to the kernel.
+/* Steers what belongs to a VIP, and what tunnels bring for our addresses in overlays, to its queue's AF_XDP socket, and leaves all else to the kernel.
  * It decides by addresses alone and changes no byte; what it can't parse, the kernel gets.
  * A queue without a socket passes everything: without us the node is an ordinary host. */
 typedef unsigned char u8;
@@ -15,13 +15,14 @@ enum { XDP_PASS = 2 };
 static void *(*map_lookup)(void *map, const void *key) = (void *)1;
 static long (*redirect_map)(void *map, unsigned long index, unsigned long absent) = (void *)51;
 
-/* An entry with port 0 stands for all ports; with protocol 0 too, for the address itself. */
+/* An entry with port 0 stands for all ports; with protocol 0 too, for the address itself. With mesh 1, port
+ * and protocol are a VXLAN network's identifier, and the address is ours in that network. */
 struct vip {
     u8 address[16]; /* IPv4 mapped into ::ffff:0:0/96 */
     u16 port;       /* network byte order */
-    u8 protocol, reserved;
+    u8 protocol, mesh;
 };
-enum { ANSWER_ARP = 2 }; /* bit of an entry's flags */
+enum { ANSWER_ARP = 2, TUNNEL = 4 }; /* bits of an entry's flags */
 /* A hash, not preallocated: memory follows the number of VIPs. And a socket for each queue. */
 struct { int (*type)[1], (*max_entries)[65536], (*map_flags)[1]; struct vip *key; u32 *value; }
     vips SECTION(".maps");
@@ -98,6 +99,23 @@ PART ipv6(u8 *ip, u8 *end, struct vip *key) {
     return by_port(next, at, end, key);
 }
 
+/* What a tunnel brings: no fragment, and no ping, which the kernel may answer. */
+PART tunnel(u8 *udp, u8 *end, struct vip *key) {
+    u8 *vxlan = udp + 8, *inner = vxlan + 8, *at = inner + 14;
+    if (at + 28 > end || !(vxlan[0] & 8)) return NOTHING; /* the I bit: the identifier counts */
+    struct vip inside = {};
+    enum wanted wanted = NOTHING;
+    u16 type = *(u16 *)(at - 2);
+    if (type == BE16(0x0800)) wanted = ipv4(at, end, &inside);
+    if (type == BE16(0x86dd)) wanted = ipv6(at, end, &inside);
+    if (type == BE16(0x0806)) wanted = arp(at, &inside);
+    inside.port = *(u16 *)(vxlan + 4);
+    inside.protocol = vxlan[6];
+    inside.mesh = 1;
+    *key = inside;
+    return wanted == ADDRESS ? NOTHING : wanted;
+}
+
 SECTION("xdp") int steer(struct xdp_md *ctx) {
     u8 *ethernet = (u8 *)(long)ctx->data, *end = (u8 *)(long)ctx->data_end, *at = ethernet + 14;
     if (at + 28 > end) return XDP_PASS; /* ARP, IPv4 and UDP need no less */
@@ -117,6 +135,14 @@ SECTION("xdp") int steer(struct xdp_md *ctx) {
     if (!flags && wanted == VIP && key.port) {
         key.port = 0;
         flags = map_lookup(&vips, &key);
+    }
+    if (flags && *flags & TUNNEL) {
+        u8 *udp = type == BE16(0x0800) ? at + (at[0] & 15) * 4 : at + 40;
+        if (type == BE16(0x86dd) && at[6] != 17) return XDP_PASS;
+        wanted = tunnel(udp, end, &key);
+        flags = wanted == NOTHING ? 0 : map_lookup(&vips, &key);
+        if (flags && wanted == OWNER && !(*flags & ANSWER_ARP)) return XDP_PASS;
+        wanted = VIP; /* who asks inside a tunnel sends it to us alone */
     }
     if (!flags || (wanted == OWNER && !(*flags & ANSWER_ARP))) return XDP_PASS;
 

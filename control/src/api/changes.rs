@@ -213,7 +213,7 @@ impl Writer {
         let joined = join(&[&others, &next], &view.desired.overlays, &view.vteps);
         let joined = joined.map_err(|conflict| conflict_problem(&conflict, new))?;
         let exceeded = |error| Problem::new(StatusCode::CONFLICT, format!("{error}"));
-        self.limits.admit(&joined).map_err(exceeded)?;
+        self.limits.admit(&joined, &view.addresses).map_err(exceeded)?;
         Ok(joined)
     }
 
@@ -276,10 +276,6 @@ fn conflict_problem(conflict: &Conflict, new: Option<&Service>) -> Problem {
         }
         Claim::Mesh(index, OutOfMesh::Ours { .. }) => {
             (format!("/backends/{index}/address"), "the server's own address")
-        }
-        Claim::Mesh(index, OutOfMesh::OtherFamily { .. }) => {
-            let remedy = "add one of its family to the overlay in the configuration file";
-            (format!("/backends/{index}/address"), remedy)
         }
         // No service is to blame.
         Claim::Overlay(_) => (String::new(), "one description of it"),

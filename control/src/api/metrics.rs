@@ -3,7 +3,7 @@
 //! How many series there are depends on the machine and on the configuration, never on traffic; and
 //! beyond a limit, services and backends have none of their own.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::IpAddr};
 
 use dataplane::counters::{DropReason, Event, TURN_TIMES};
 use prometheus::{
@@ -25,6 +25,7 @@ pub fn render(observed: &Observed, view: &View, census: &Census, limit: usize) -
     let mut all = Families(Vec::new());
     node(observed, view, &mut all);
     services(observed, view, census, limit, &mut all);
+    mesh(observed, view, &mut all);
     workers(observed, census, &mut all);
     queues(observed, &mut all);
     TextEncoder::new().encode_to_string(&all.0).expect("families are consistent")
@@ -140,6 +141,25 @@ fn services(observed: &Observed, view: &View, census: &Census, limit: usize, all
     all.counter("health_checks_total", help, checks.into());
     by_service.finish(all);
     by_backend.finish(all);
+}
+
+/// What connections of mode `nat` are made of.
+fn mesh(observed: &Observed, view: &View, all: &mut Families) {
+    let Some(nat) = &observed.nat else { return };
+    let (mut slots, mut used) = (Vec::new(), Vec::new());
+    for overlay in view.forwarding.overlays() {
+        for mesh in &overlay.mesh {
+            let address = IpAddr::from(mesh.address).to_string();
+            let vni = overlay.vni.to_string();
+            let labels = [("vni", &*vni), ("address", &*address)];
+            slots.push(sample(&labels, nat.capacity() as u64));
+            used.push(sample(&labels, nat.used(mesh.bank) as u64));
+        }
+    }
+    let help = "Connections that a mesh address can have at once.";
+    all.gauge("nat_slots", help, slots);
+    let help = "Connections that a mesh address has, and ports of ended ones that still rest.";
+    all.gauge("nat_slots_used", help, used);
 }
 
 /// What each service has of its own.

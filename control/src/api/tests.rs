@@ -56,12 +56,13 @@ struct Rig {
 /// What a daemon with this configuration shows.
 fn view(text: &str, generation: u64) -> Arc<View> {
     let (config, _) = Config::parse("test", text).unwrap();
-    let Offline { forwarding, backends, .. } = Offline::new(&config).unwrap();
+    let Offline { forwarding, backends, .. } = Offline::new(&config, None).unwrap();
     Arc::new(View {
         generation,
         desired: config.desired,
         placements: backends.into(),
         vteps: Vec::new(),
+        addresses: Vec::new(),
         forwarding,
         refused: None,
         local_refused: Default::default(),
@@ -87,6 +88,8 @@ impl PlanningDaemon {
             health: &Default::default(),
             next_hops: &[],
             interfaces: &[],
+            addresses: &[],
+            nat: None,
             vtep: None,
             vtep6: None,
             answer_arp: false,
@@ -102,6 +105,7 @@ impl PlanningDaemon {
             desired,
             placements: plan.backends.into(),
             vteps: Vec::new(),
+            addresses: Vec::new(),
             forwarding: Arc::new(plan.forwarding),
             refused: None,
             local_refused: Default::default(),

@@ -25,6 +25,7 @@ pub struct File {
     pub api: Api,
     pub dataplane: Dataplane,
     pub connections: Connections,
+    pub nat: Nat,
     pub maglev: Maglev,
     pub limits: Limits,
     pub next_hop: Vec<Spanned<NextHop>>,
@@ -96,6 +97,20 @@ pub struct Connections {
     pub unconfirmed_s: Key<i64>,
     pub tcp_idle_s: Key<i64>,
     pub tcp_closing_s: Key<i64>,
+    pub udp_idle_s: Key<i64>,
+}
+
+/// `[nat]`
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, expecting = "a table, [nat]")]
+pub struct Nat {
+    pub addresses: Key<i64>,
+    pub first_port: Key<i64>,
+    pub last_port: Key<i64>,
+    pub opening_s: Key<i64>,
+    pub tcp_idle_s: Key<i64>,
+    pub half_closed_s: Key<i64>,
+    pub time_wait_s: Key<i64>,
     pub udp_idle_s: Key<i64>,
 }
 

@@ -11,7 +11,7 @@ use super::{
     services::{mac, mtu, port, required, vni},
     settings,
 };
-use crate::desired::{Overlay, Owner, Vip, container_mac};
+use crate::desired::{Overlay, Owner, container_mac};
 
 pub fn overlays(written: &[Spanned<file::Overlay>], report: &mut Report) -> Vec<Overlay> {
     let mut vnis = HashMap::new();
@@ -46,8 +46,7 @@ fn overlay(
         (key, _) => required(key, "overlay", "mac = \"02:42:0a:63:01:fa\"", &at, report)
             .and_then(|key| mac(key, report)),
     };
-    let v6 = addresses.iter().copied().find(IpAddr::is_ipv6).map(Vip::Address);
-    let mtu = mtu(&keys.mtu, v6, report);
+    let mtu = mtu(&keys.mtu, None, report);
     let port = port("port", &keys.port, vxlan::PORT, report);
     Some(Overlay { owner: Owner::File, vni: vni?.0, addresses, mac: mac?, mtu, port })
 }
@@ -65,5 +64,14 @@ fn addresses(written: &Spanned<Vec<Spanned<String>>>, report: &mut Report) -> Ve
             report.conflict(address.span(), message, "leave it out here", first.span());
         }
     }
-    list.iter().filter_map(|address| settings::address("addresses", address, report)).collect()
+    list.iter().filter_map(|address| mesh_address(address, report)).collect()
+}
+
+fn mesh_address(written: &Spanned<String>, report: &mut Report) -> Option<IpAddr> {
+    let address = settings::address("addresses", written, report)?;
+    if address.is_ipv6() {
+        let message = format!("`addresses` has {address}, an IPv6 address");
+        report.error(written.span(), message, "IPv4 addresses: only these are translated");
+    }
+    Some(address)
 }

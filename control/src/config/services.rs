@@ -42,6 +42,7 @@ struct Published {
     owners: Vec<String>,
     /// By whom, as an index into `owners` (names may be wrongly the same), and where.
     ports: HashMap<(Vip, ServicePort), (usize, Span)>,
+    /// Of what is not translated.
     vips: HashMap<IpAddr, String>,
     vteps: Vec<(IpAddr, Span)>,
     backends: usize,
@@ -70,9 +71,7 @@ pub fn services(
             let service = service(written, &mut published, report);
             within_limits(before, published.counts(), written.span(), limits, report);
             let service = service?;
-            if service.mode == Mode::Nat {
-                in_mesh(&service, written.get_ref(), overlays, report);
-            }
+            in_mesh(&service, written.get_ref(), overlays, report);
             warn(&service, written.span(), maglev, report);
             Some(Arc::new(service))
         })
@@ -112,7 +111,7 @@ fn service(
     let mode = keys.mode.as_ref().map(|key| *key.get_ref()).unwrap_or_default();
     match mode {
         Mode::Dsr => only_nat_can(keys, ports.as_deref().unwrap_or(&[]), report),
-        Mode::Nat => no_nat_can(keys, ports.as_deref().unwrap_or(&[]), report),
+        Mode::Nat => no_nat_can(keys, vip, ports.as_deref().unwrap_or(&[]), report),
     }
 
     if let Some((name, span)) = &name
@@ -122,6 +121,9 @@ fn service(
         report.conflict(span.clone(), message, "choose another name", first);
     }
     if let (Some((name, _)), Some(vip), Some(ports)) = (&name, vip, &ports) {
+        if let (Mode::Dsr, Some(address)) = (mode, vip.address()) {
+            published.vips.entry(address).or_insert_with(|| name.clone());
+        }
         claim(name, vip, ports, published, report);
     }
     let ports = ports.map(|ports| ports.into_iter().map(|(port, _)| port).collect::<Vec<_>>());
@@ -175,7 +177,16 @@ fn only_nat_can(service: &file::Service, ports: &[(PortMapping, Span)], report: 
 }
 
 /// What makes no sense where packets are translated.
-fn no_nat_can(service: &file::Service, ports: &[(PortMapping, Span)], report: &mut Report) {
+fn no_nat_can(
+    service: &file::Service,
+    vip: Option<Vip>,
+    ports: &[(PortMapping, Span)],
+    report: &mut Report,
+) {
+    if let Some(key) = service.vip.as_ref().filter(|_| vip.is_some_and(Vip::is_ipv6)) {
+        let message = "`vip` is an IPv6 address, and the mode is `nat`";
+        report.error(key.span(), message, "an IPv4 address, or `dsr`: only IPv4 is translated");
+    }
     let is_sctp = |(port, _): &&(PortMapping, Span)| port.published.protocol == Protocol::Sctp;
     if let Some((port, span)) = ports.iter().find(is_sctp) {
         let message = format!("{} is published, and the mode is `nat`", port.published);
@@ -195,13 +206,13 @@ fn no_nat_can(service: &file::Service, ports: &[(PortMapping, Span)], report: &m
     }
 }
 
-/// Whether its backends are in overlays that this node is in.
+/// Whether it gets on with the overlays that this node is in, and its backends are in one of them.
 fn in_mesh(service: &Service, written: &file::Service, overlays: &[Overlay], report: &mut Report) {
     if let (Some(port), Some(key)) = (tunnel_port(service, overlays), &written.ports) {
-        let message = format!("{port}/udp of this node is published, where its tunnels end");
+        let message = format!("{port}/udp is published, and tunnels of this node end at that port");
         report.error(key.span(), message, "another port");
     }
-    for backend in &service.backends {
+    for backend in service.backends.iter().filter(|_| service.mode == Mode::Nat) {
         let Err(why) = Overlay::of(backend, overlays) else { continue };
         let is_it = |written: &&Spanned<file::Backend>| {
             written.get_ref().name.as_ref().is_some_and(|name| *name.get_ref() == backend.name)
@@ -215,7 +226,6 @@ fn in_mesh(service: &Service, written: &file::Service, overlays: &[Overlay], rep
             }
             OutOfMesh::OtherPort { .. } => "the same `port` in both".to_owned(),
             OutOfMesh::Ours { .. } => "the server's own address".to_owned(),
-            OutOfMesh::OtherFamily { .. } => "add one of its family to `addresses`".to_owned(),
         };
         report.error(at, format!("`{}` can't be reached by nat: {why}", backend.name), remedy);
     }
@@ -284,9 +294,6 @@ fn claim(
     published: &mut Published,
     report: &mut Report,
 ) {
-    if let Some(address) = vip.address() {
-        published.vips.entry(address).or_insert_with(|| service.to_owned());
-    }
     published.owners.push(service.to_owned());
     let this = published.owners.len() - 1;
     let mut reported = None;
@@ -328,7 +335,7 @@ fn backends(
     };
     let mut names = HashMap::new();
     let mut missing_vni = None;
-    let mut backends = Vec::with_capacity(service.backend.len());
+    let mut backends: Vec<Backend> = Vec::with_capacity(service.backend.len());
     published.backends += service.backend.len();
     for written in &service.backend {
         if written.get_ref().vni.is_none() && defaults.vni.is_none() {
@@ -344,13 +351,27 @@ fn backends(
         if let (Mode::Dsr, Some(key)) = (mode, &service.health) {
             health::is_reached(&key.get_ref().check, written, report);
         }
-        backends.extend(backend(written, &defaults, published, report));
+        let backend = backend(written, &defaults, published, report);
+        if let (Mode::Nat, Some(first), Some(backend)) = (mode, backends.first(), &backend) {
+            one_overlay(first, backend, written.span(), report);
+        }
+        backends.extend(backend);
     }
     // Once for all of them, as one line heals them all.
     if let Some(span) = missing_vni {
         report.error(span, "the backend has no VNI", "add `vni = 100` to it, or to its service");
     }
     backends
+}
+
+/// A connection is given a mesh address before a backend of its own overlay could be preferred.
+fn one_overlay(first: &Backend, other: &Backend, at: Span, report: &mut Report) {
+    let [ours, theirs] = [other, first].map(|backend| backend.vni.get());
+    if ours != theirs {
+        let message =
+            format!("the backend is in the overlay {ours}, and others of the service in {theirs}");
+        report.error(at, message, "one overlay for all of them, or two services");
+    }
 }
 
 /// What a service says for those of its backends that say nothing. `Some(None)` is a VNI that is
@@ -433,11 +454,9 @@ fn address_of_backend(
         let message = format!("`address` is {address}, the VIP");
         report.error(key.span(), message, "the server's own address: the VIP leads to any backend");
     }
-    let v6 = defaults.vip.is_some_and(Vip::is_ipv6);
-    if defaults.mode == Mode::Nat && address.is_ipv6() != v6 {
-        let (family, vip) = if v6 { ("IPv6", "IPv6") } else { ("IPv4", "IPv4") };
-        let message = format!("`address` is {address}, and the VIP an {vip} address");
-        report.error(key.span(), message, format!("the server's {family} address"));
+    if defaults.mode == Mode::Nat && address.is_ipv6() {
+        let message = format!("`address` is {address}, and the mode is `nat`");
+        report.error(key.span(), message, "the server's IPv4 address: only that is translated");
     }
     Some(address)
 }

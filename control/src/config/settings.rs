@@ -8,11 +8,13 @@ use std::{
     path::PathBuf,
 };
 
-use dataplane::{connections::Timeouts, forwarding::MAX_BACKENDS, maglev::is_prime, port::BURST};
+use dataplane::{
+    connections::Timeouts, forwarding::MAX_BACKENDS, maglev::is_prime, nat::MAX_BANKS, port::BURST,
+};
 use toml::Spanned;
 
 use super::{
-    Api, Connections, Cores, Dataplane, Limits, Maglev, Node, Rings, Tls, Workers,
+    Api, Connections, Cores, Dataplane, Limits, Maglev, Nat, Node, Rings, Tls, Workers,
     file::{self, AutoOr, Key},
     finding::{Report, Span},
 };
@@ -29,6 +31,8 @@ const MAX_SOCKET_PATH: usize = 107;
 const MAX_NAME: usize = 128;
 /// Most places of a Maglev table, a prime. A larger one takes seconds to build for each service.
 pub const MAX_TABLE_SIZE: u32 = 655_373;
+/// Longest that a silent translated connection may be kept: a week.
+const MAX_NAT_S: u32 = 7 * 24 * 60 * 60;
 /// Places of a ring: a burst fits in the smallest.
 const MIN_RING: u32 = BURST as u32;
 const MAX_RING: u32 = 1 << 16;
@@ -267,6 +271,32 @@ pub fn connections(written: &file::Connections, report: &mut Report) -> Connecti
             (defaults.udp_idle_s, 1..=Timeouts::MAX_UDP_IDLE_S),
             report,
         ),
+    }
+}
+
+pub fn nat(written: &file::Nat, report: &mut Report) -> Nat {
+    let defaults = Nat::default();
+    let mut seconds =
+        |key, written, default, most| number(key, written, (default, 1..=most), report);
+    let opening_s = seconds("opening_s", &written.opening_s, defaults.opening_s, 600);
+    let tcp_idle_s = seconds("tcp_idle_s", &written.tcp_idle_s, defaults.tcp_idle_s, MAX_NAT_S);
+    let half_closed_s =
+        seconds("half_closed_s", &written.half_closed_s, defaults.half_closed_s, MAX_NAT_S);
+    let time_wait_s = seconds("time_wait_s", &written.time_wait_s, defaults.time_wait_s, 600);
+    let udp_idle_s = seconds("udp_idle_s", &written.udp_idle_s, defaults.udp_idle_s, MAX_NAT_S);
+    let addresses = (defaults.addresses, 1..=MAX_BANKS as u32);
+    let first_port = (defaults.first_port, 1..=u16::MAX);
+    let first_port = number("first_port", &written.first_port, first_port, report);
+    let last_port = (defaults.last_port, first_port..=u16::MAX);
+    Nat {
+        addresses: number("addresses", &written.addresses, addresses, report),
+        first_port,
+        last_port: number("last_port", &written.last_port, last_port, report),
+        opening_s,
+        tcp_idle_s,
+        half_closed_s,
+        time_wait_s,
+        udp_idle_s,
     }
 }
 

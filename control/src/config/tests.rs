@@ -713,7 +713,7 @@ fn a_nat_service_that_cannot_be_is_refused_with_what_would_be_right() {
         (
             "\"53/udp\"",
             "\"4789/udp\"",
-            "8:9: 4789/udp of this node is published, where its tunnels end: another port",
+            "8:9: 4789/udp is published, and tunnels of this node end at that port: another port",
         ),
         (
             "\"192.0.2.7\"",
@@ -738,7 +738,26 @@ fn a_nat_service_that_cannot_be_is_refused_with_what_would_be_right() {
         (
             "address = \"10.99.1.2\"",
             "address = \"2001:db8::2\"\nmac = \"02:00:00:00:00:02\"",
-            "16:11: `address` is 2001:db8::2, and the VIP an IPv4 address: the server's IPv4 address",
+            "16:11: `address` is 2001:db8::2, and the mode is `nat`: the server's IPv4 address: only \
+             that is translated",
+        ),
+        (
+            "vip = \"node\"",
+            "vip = \"2001:db8::1\"",
+            "7:7: `vip` is an IPv6 address, and the mode is `nat`: an IPv4 address, or `dsr`: only IPv4 is \
+             translated",
+        ),
+        (
+            "address = \"10.99.1.2\"\n",
+            "address = \"10.99.1.2\"\n[[service.backend]]\nname = \"b\"\nvtep = \"10.0.0.3\"\n\
+             address = \"10.99.1.3\"\nvni = 101\n",
+            "17:1: the backend is in the overlay 101, and others of the service in 100: one overlay for all \
+             of them, or two services",
+        ),
+        (
+            "addresses = [\"10.99.1.250\", \"10.99.1.251\"]",
+            "addresses = [\"2001:db8::9\"]",
+            "3:14: `addresses` has 2001:db8::9, an IPv6 address: IPv4 addresses: only these are translated",
         ),
         (
             "address = \"10.99.1.2\"",
@@ -1029,12 +1048,13 @@ fn the_example_has_every_key_and_is_valid_with_all_of_them() {
             .cloned()
             .collect::<BTreeSet<_>>()
     };
-    let places: [(&[&str], &str); 12] = [
+    let places: [(&[&str], &str); 13] = [
         (&[], ""),
         (&["node"], "[node]"),
         (&["api"], "[api]"),
         (&["dataplane"], "[dataplane]"),
         (&["connections"], "[connections]"),
+        (&["nat"], "[nat]"),
         (&["maglev"], "[maglev]"),
         (&["limits"], "[limits]"),
         (&["next_hop"], "[[next_hop]]"),
@@ -1064,9 +1084,9 @@ fn the_limits_of_the_start_hold_for_what_comes_later() {
         Config::parse("test", &text).unwrap().0.desired
     };
     let started = Limits { vips: 6, backends: 1, ..Limits::default() };
-    started.admit(&service("\"80-85/tcp\"")).unwrap();
-    let refused = started.admit(&service("\"80-86/tcp\"")).unwrap_err().to_string();
+    started.admit(&service("\"80-85/tcp\""), &[]).unwrap();
+    let refused = started.admit(&service("\"80-86/tcp\""), &[]).unwrap_err().to_string();
     assert!(refused.contains("limits.vips") && refused.contains("restart"), "{refused}");
-    let refused = Limits { backends: 0, ..started }.admit(&service("\"80/tcp\"")).unwrap_err();
+    let refused = Limits { backends: 0, ..started }.admit(&service("\"80/tcp\""), &[]).unwrap_err();
     assert!(refused.to_string().contains("limits.backends"));
 }

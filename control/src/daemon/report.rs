@@ -46,6 +46,7 @@ impl Daemon {
             desired: self.placed.clone(),
             placements: self.backends.clone(),
             vteps: self.config.node.vteps(),
+            addresses: self.addresses.clone(),
             forwarding: self.publisher.current().clone(),
             refused: self.refused.clone(),
             local_refused: self.local_refused.borrow().clone(),

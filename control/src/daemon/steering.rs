@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use crate::plan::SteerKey;
+use dataplane::steer::Key;
 
-/// All keys that some interface may steer, each with its "answer ARP" flag; `None` if the kernel refused
-/// a change of it, so that it may be there on one interface and not on another.
+use crate::plan::Steering;
+
+/// All keys that some interface may steer, each with its flags; `None` if the kernel refused a change of it,
+/// so that it may be there on one interface and not on another.
 #[derive(Debug, Default)]
-pub struct Steered(BTreeMap<SteerKey, Option<bool>>);
+pub struct Steered(BTreeMap<Key, Option<u32>>);
 
 impl Steered {
     /// How many.
@@ -21,10 +23,10 @@ impl Steered {
     /// The first of `remove`'s.
     pub fn less<E>(
         &mut self,
-        wanted: &BTreeMap<SteerKey, bool>,
-        mut remove: impl FnMut(SteerKey) -> Result<(), E>,
+        wanted: &Steering,
+        mut remove: impl FnMut(Key) -> Result<(), E>,
     ) -> Result<bool, E> {
-        let gone: Vec<SteerKey> =
+        let gone: Vec<Key> =
             self.0.keys().filter(|key| !wanted.contains_key(key)).copied().collect();
         for key in &gone {
             self.0.insert(*key, None);
@@ -40,16 +42,16 @@ impl Steered {
     /// The first of `add`'s.
     pub fn more<E>(
         &mut self,
-        wanted: &BTreeMap<SteerKey, bool>,
-        mut add: impl FnMut(SteerKey, bool) -> Result<(), E>,
+        wanted: &Steering,
+        mut add: impl FnMut(Key, u32) -> Result<(), E>,
     ) -> Result<(), E> {
-        for (key, answer_arp) in wanted {
-            if self.0.get(key) == Some(&Some(*answer_arp)) {
+        for (key, flags) in wanted {
+            if self.0.get(key) == Some(&Some(*flags)) {
                 continue;
             }
             self.0.insert(*key, None);
-            add(*key, *answer_arp)?;
-            self.0.insert(*key, Some(*answer_arp));
+            add(*key, *flags)?;
+            self.0.insert(*key, Some(*flags));
         }
         Ok(())
     }
@@ -61,26 +63,26 @@ mod tests {
 
     use super::*;
 
-    fn key(port: u16) -> SteerKey {
-        (IpAddr::from([203, 0, 113, 10]).into(), 6, port)
+    fn key(port: u16) -> Key {
+        Key::Port { address: IpAddr::from([203, 0, 113, 10]).into(), protocol: 6, port }
     }
 
-    fn wanted(ports: &[u16]) -> BTreeMap<SteerKey, bool> {
-        ports.iter().map(|port| (key(*port), false)).collect()
+    fn wanted(ports: &[u16]) -> Steering {
+        ports.iter().map(|port| (key(*port), 0)).collect()
     }
 
     #[test]
     fn a_change_that_failed_half_way_is_undone_by_wanting_the_state_before() {
         // Two interfaces, of which the second has room for two keys.
         let maps = RefCell::new([BTreeSet::new(), BTreeSet::new()]);
-        let add = |key: SteerKey, _| {
+        let add = |key: Key, _| {
             let [first, second] = &mut *maps.borrow_mut();
-            first.insert(key.2);
-            (second.len() < 2).then(|| second.insert(key.2)).map(|_| ()).ok_or("full")
+            first.insert(key);
+            (second.len() < 2).then(|| second.insert(key)).map(|_| ()).ok_or("full")
         };
-        let remove = |key: SteerKey| {
+        let remove = |key: Key| {
             maps.borrow_mut().iter_mut().for_each(|map| {
-                map.remove(&key.2);
+                map.remove(&key);
             });
             Ok::<(), &str>(())
         };
@@ -91,7 +93,8 @@ mod tests {
         assert_eq!(steered.more(&wanted(&[80, 81, 82]), add), Err("full"));
         assert!(steered.less(&wanted(&[80, 443]), remove).unwrap());
         steered.more(&wanted(&[80, 443]), add).unwrap();
-        assert_eq!(*maps.borrow(), [BTreeSet::from([80, 443]), BTreeSet::from([80, 443])]);
+        let both = BTreeSet::from([80, 443].map(key));
+        assert_eq!(*maps.borrow(), [both.clone(), both]);
         assert_eq!(steered.len(), 2);
     }
 

@@ -4,7 +4,7 @@ use dataplane::{encap, parse, port::Pool, port::sim};
 use etherparse::{NetHeaders, PacketBuilder, PacketHeaders, TransportHeader::Udp, VlanHeader};
 
 use proptest::prelude::*;
-use std::time::Duration;
+use std::{sync::LazyLock, time::Duration};
 
 use super::*;
 use crate::{config::Config, link::VlanTag, next_hop::Resolved};
@@ -58,6 +58,8 @@ struct World {
     health: Verdicts,
     offline: bool,
     time: SystemTime,
+    addresses: Vec<IpAddr>,
+    nat: Option<&'static nat::Slots>,
 }
 
 impl World {
@@ -78,6 +80,8 @@ impl World {
         Self {
             config: config(text),
             hops,
+            addresses: interfaces.iter().flat_map(|i| i.addresses.clone()).collect(),
+            nat: None,
             interfaces,
             health: Verdicts::default(),
             offline: false,
@@ -92,6 +96,8 @@ impl World {
             health: &self.health,
             next_hops: &self.config.next_hops,
             interfaces: &self.interfaces,
+            addresses: &self.addresses,
+            nat: self.nat,
             vtep: self.config.node.vtep,
             vtep6: self.config.node.vtep6,
             answer_arp: self.config.node.answer_arp,
@@ -351,14 +357,14 @@ fn a_vip_is_announced_while_a_backend_of_any_of_its_services_serves() {
 
 #[test]
 fn arp_is_answered_for_what_is_announced_and_for_all_if_nothing_is_to_be() {
-    let vip = (Address::v4([203, 0, 113, 10]), 0, 0);
+    let vip = steer::Key::Address(Address::v4([203, 0, 113, 10]));
     for (announce_table, expected) in [(Some(100), false), (None, true)] {
         let mut world = World::new(TWO, &["10.0.0.2", "10.0.0.3"]);
         world.config.node.answer_arp = true;
         world.config.node.announce_table = announce_table;
         let mut planner = planner(16);
         let mut answers =
-            |world: &World| planner.plan(&world.inputs(), Tick(0)).unwrap().steer[&vip];
+            |world: &World| planner.plan(&world.inputs(), Tick(0)).unwrap().steer[&vip] != 0;
         assert!(answers(&world));
         world.lose("10.0.0.2");
         assert!(answers(&world), "another serves");
@@ -370,12 +376,13 @@ fn arp_is_answered_for_what_is_announced_and_for_all_if_nothing_is_to_be() {
 #[test]
 fn what_is_steered_are_the_vips_and_their_addresses() {
     let mut world = World::new(TWO, &[]);
-    let vip = Address::v4([203, 0, 113, 10]);
+    let address = Address::v4([203, 0, 113, 10]);
+    let port = |protocol, port| (steer::Key::Port { address, protocol, port }, 0);
     let keys =
-        |arp| BTreeMap::from([((vip, 0, 0), arp), ((vip, 6, 80), false), ((vip, 17, 443), false)]);
-    assert_eq!(*world.plan().steer, keys(false));
+        |arp| BTreeMap::from([(steer::Key::Address(address), arp), port(6, 80), port(17, 443)]);
+    assert_eq!(*world.plan().steer, keys(0));
     world.config.node.answer_arp = true;
-    assert_eq!(*world.plan().steer, keys(true));
+    assert_eq!(*world.plan().steer, keys(steer::ANSWER_ARP));
     assert!(world.plan().forwarding.answer_arp());
 }
 
@@ -495,7 +502,7 @@ fn meant(plan: &Plan, world: &World) -> Vec<String> {
     }
     for service in &desired.services {
         let at = |vip: Vip| plan.forwarding.service_at(vip.address, vip.protocol, vip.port);
-        let index = at(vips(service)[0]).unwrap();
+        let index = at(vips(&world.inputs(), &HashSet::new(), service)[0].0).unwrap();
         let maglev = &plan.forwarding.service(index).unwrap().maglev;
         let pick = |i: u64| maglev.pick(i.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let picks = (0..300).map(|i| pick(i).map(|slot| names[&slot]));
@@ -743,4 +750,120 @@ fn a_verdict_means_nothing_to_a_service_without_checks() {
     let plan = world.plan();
     assert_eq!(takers(&plan), [0, 1].into());
     assert_eq!(plan.backends[1].health, None);
+}
+
+/// On all addresses of this node, and a DSR service at one of them.
+const NAT: &str = r#"
+    [[overlay]]
+    vni = 100
+    addresses = ["10.99.1.250"]
+    mtu = 1400
+    [[service]]
+    name = "shop"
+    vip = "node"
+    ports = ["80:8081/tcp", "53/udp"]
+    mode = "nat"
+    allow = ["198.51.100.0/24"]
+    vni = 100
+    backend = [{ name = "shop-1", vtep = "10.0.0.2", address = "10.99.1.2" }]
+    [[service]]
+    name = "web"
+    vip = "10.1.0.1"
+    ports = ["80/tcp"]
+    vni = 100
+    backend = [{ name = "web-1", vtep = "10.0.0.2", mac = "02:42:0a:00:00:02" }]
+"#;
+
+fn nat_world(text: &str) -> World {
+    // One for all tests, of which none opens a connection: its memory stays for the process's life.
+    static SLOTS: LazyLock<nat::Slots> = LazyLock::new(|| {
+        nat::Slots::new(2, nat::Timeouts::default(), 1024..=u16::MAX).expect("there is memory")
+    });
+    World { nat: Some(&SLOTS), ..World::new(text, &["10.0.0.2"]) }
+}
+
+fn service_at(plan: &Plan, address: [u8; 4], protocol: u8, port: u16) -> Option<u32> {
+    plan.forwarding.service_at(Address::v4(address), protocol, port)
+}
+
+#[test]
+fn a_service_on_the_node_is_on_all_its_ipv4_addresses_but_where_another_names_one() {
+    let mut world = nat_world(NAT);
+    let mut planner = planner(16);
+    let plan = planner.plan(&world.inputs(), Tick(0)).unwrap();
+    assert_eq!(service_at(&plan, [10, 0, 0, 1], 6, 80), Some(0));
+    assert_eq!(service_at(&plan, [10, 1, 0, 1], 6, 80), Some(1), "it says so by name");
+    assert_eq!(service_at(&plan, [10, 1, 0, 1], 17, 53), Some(0));
+    let service = plan.forwarding.service(0).unwrap();
+    let nat = service.nat.as_ref().unwrap();
+    let targets: Vec<_> =
+        service.vips.iter().zip(&nat.targets).map(|(vip, target)| (vip.port, *target)).collect();
+    assert_eq!(targets, [(80, 8081), (53, 53), (53, 53)]);
+    assert!(nat.allows(Address::v4([198, 51, 100, 7])));
+    assert!(!nat.allows(Address::v4([198, 51, 101, 7])));
+    assert!(plan.forwarding.service(1).unwrap().nat.is_none());
+    // Addresses come and go, and so do services.
+    world.addresses = vec!["10.2.0.1".parse().unwrap()];
+    let plan = planner.plan(&world.inputs(), Tick(1)).unwrap();
+    assert_eq!(service_at(&plan, [10, 2, 0, 1], 6, 80), Some(0));
+    assert_eq!(service_at(&plan, [10, 0, 0, 1], 6, 80), None);
+    world.addresses.push("10.1.0.1".parse().unwrap());
+    world.config.desired.services.truncate(1);
+    let plan = planner.plan(&world.inputs(), Tick(2)).unwrap();
+    assert_eq!(service_at(&plan, [10, 1, 0, 1], 6, 80), Some(0), "nobody else has it now");
+}
+
+#[test]
+fn every_address_of_the_node_is_steered_as_an_end_of_tunnels_and_keeps_its_pings() {
+    let world = nat_world(NAT);
+    let steered = world.plan().steer;
+    for address in ["10.0.0.1", "10.1.0.1", "fd00::1"] {
+        let address: IpAddr = address.parse().unwrap();
+        let end = steer::Key::Port { address: address.into(), protocol: 17, port: 4789 };
+        assert_eq!(steered[&end], steer::TUNNEL, "{address}");
+        assert!(!steered.contains_key(&steer::Key::Address(address.into())), "{address}");
+    }
+    let mesh = steer::Key::Mesh { vni: 100, address: Address::v4([10, 99, 1, 250]) };
+    assert_eq!(steered[&mesh], steer::ANSWER_ARP, "nobody else would answer for it");
+    let without = NAT.replace("10.1.0.1", "203.0.113.9");
+    let only_dsr = &without[without.rfind("[[service]]").unwrap()..];
+    assert_eq!(nat_world(only_dsr).plan().steer.len(), 2, "its port and its address");
+}
+
+#[test]
+fn a_nat_backend_has_the_overlays_macs_and_the_smallest_mtu() {
+    let world = nat_world(NAT);
+    let plan = world.plan();
+    let frame = encapsulated(&plan, 0);
+    // Ethernet, IPv4, UDP and VXLAN come before the inner Ethernet header.
+    let inner = &frame[14 + 20 + 8 + 8..];
+    assert_eq!(inner[..6], [0x02, 0x42, 10, 99, 1, 2], "as Docker names it");
+    assert_eq!(inner[6..12], [0x02, 0x42, 10, 99, 1, 250]);
+    assert_eq!(backend(&plan, 0).mtu, 1400);
+    let [shop, web] = [0, 1].map(|backend: usize| plan.backends[backend].slot);
+    assert_eq!(plan.forwarding.task(shop), Some(Address::v4([10, 99, 1, 2])));
+    assert_eq!(plan.forwarding.task(web), Some(Address::default()));
+    let wide = nat_world(&NAT.replace("mtu = 1400", "")).plan();
+    assert_eq!(backend(&wide, 0).mtu, 1450, "what the link leaves");
+}
+
+#[test]
+fn a_mesh_address_keeps_its_bank_and_one_too_many_is_refused_and_changes_nothing() {
+    let mut world = nat_world(NAT);
+    let mut planner = planner(16);
+    let mut banks = |world: &World| {
+        let plan = planner.plan(&world.inputs(), Tick(0))?;
+        let overlays = plan.forwarding.overlays().iter().flat_map(|overlay| &overlay.mesh);
+        Ok::<_, PlanError>(overlays.map(|mesh| (mesh.address, mesh.bank)).collect::<Vec<_>>())
+    };
+    let [first, second] = [250, 251].map(|last| Address::v4([10, 99, 1, last]));
+    assert_eq!(banks(&world).unwrap(), [(first, 0)]);
+    let addresses = |text: &str| config(&NAT.replace("[\"10.99.1.250\"]", text)).desired;
+    world.config.desired = addresses("[\"10.99.1.251\", \"10.99.1.250\"]");
+    assert_eq!(banks(&world).unwrap(), [(second, 1), (first, 0)]);
+    world.config.desired = addresses("[\"10.99.1.249\", \"10.99.1.251\", \"10.99.1.250\"]");
+    let refused = banks(&world).unwrap_err().to_string();
+    assert!(refused.contains("nat.addresses is 2") && refused.contains("restart"), "{refused}");
+    world.config.desired = addresses("[\"10.99.1.251\"]");
+    assert_eq!(banks(&world).unwrap(), [(second, 1)]);
 }

@@ -34,6 +34,8 @@ pub struct Answer {
 #[derive(Debug, Deserialize)]
 pub struct Load {
     pub ok: u64,
+    /// Of the slowest request, from the connection's beginning.
+    pub slowest_s: f64,
     pub backends: BTreeMap<String, u64>,
     /// What went wrong, and how often.
     pub errors: BTreeMap<String, u64>,
@@ -47,6 +49,8 @@ pub const NO_ERRORS: BTreeMap<String, u64> = BTreeMap::new();
 pub struct Held {
     pub backend: Option<String>,
     pub outcome: String,
+    /// When.
+    pub after_s: f64,
 }
 
 /// The outcome of some datagrams.

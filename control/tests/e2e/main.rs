@@ -15,6 +15,7 @@ mod cli;
 mod failures;
 mod health;
 mod local;
+mod nat;
 mod scale;
 mod traffic;
 mod wire;

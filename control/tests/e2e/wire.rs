@@ -72,7 +72,7 @@ fn a_tagged_packet_reaches_the_backend() {
 }
 
 /// Captures what a host's `eth0` sees; returns once it does.
-fn start_capture(lab: &Lab, host: &str, file: &Path, filter: &str) -> Background {
+pub fn start_capture(lab: &Lab, host: &str, file: &Path, filter: &str) -> Background {
     let file = file.to_str().unwrap();
     // Unbuffered; and not by a user who may not write here, which tcpdump would become. A capture
     // buffer of 32 MB, because 10 MB arrive within a few milliseconds.
@@ -86,7 +86,7 @@ fn start_capture(lab: &Lab, host: &str, file: &Path, filter: &str) -> Background
 /// What tshark prints about a capture. Every checksum is verified, but TCP's sequence is not: the
 /// capture has one direction only. What streams carry is not read, for they would be put together for it, and
 /// what was sent twice on a busy machine would be "overlapping".
-fn tshark(file: &Path, options: &[&str]) -> String {
+pub fn tshark(file: &Path, options: &[&str]) -> String {
     let preferences = [
         "ip.check_checksum:TRUE",
         "udp.check_checksum:TRUE",

@@ -81,7 +81,8 @@ impl<'a> Burst<'a> {
         let overlay = overlays
             .find(|overlay| has_vni && overlay.vni == vni && overlay.udp_port == udp_port)
             .ok_or(DropReason::NatUnmatched)?;
-        packet.outer = flow.key.src;
+        let outer = *flow;
+        packet.outer = outer.key.src;
         let outer_len = at + vxlan::LEN;
         frame.shrink_front(outer_len);
         packet.flow = parse::flow(frame.packet())?;
@@ -95,10 +96,12 @@ impl<'a> Burst<'a> {
                 slots.prefetch_slot(id);
                 Ok(Next::Return(id))
             }
-            Kind::Arp => {
-                reply::arp(frame, flow, overlay.mac)?;
+            Kind::Arp | Kind::NeighbourSolicitation => {
+                match flow.kind {
+                    Kind::Arp => reply::arp(frame, flow, overlay.mac)?,
+                    _ => reply::neighbour(frame, flow, overlay.mac)?,
+                }
                 frame.grow_front(outer_len).ok_or(DropReason::NoHeadroom)?;
-                let outer = parse::flow(frame.packet())?;
                 reply::tunnel(frame, &outer, self.link.mac);
                 self.context.counters.count(Event::NeighbourReplies, 1);
                 Ok(Next::Send(self.ingress))

@@ -5,6 +5,7 @@
 mod answers;
 mod connections;
 mod encap;
+mod nat;
 mod packets;
 mod parse;
 mod reference;

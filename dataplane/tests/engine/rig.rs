@@ -43,7 +43,7 @@ pub const CLIENT4: &str = "198.51.100.7";
 pub const CLIENT6: &str = "2001:db8:100::7";
 
 /// Slots that the counters of a rig know.
-const SLOTS: usize = 64;
+pub const SLOTS: usize = 64;
 
 /// What tables and the rig's own expectations hash flows with.
 pub fn hash_key() -> HashKey {

@@ -1,0 +1,269 @@
+//! Teaches backends of mode `nat` where this node's mesh addresses live. A stock vxlan device floods no
+//! questions to us, so its kernel would never find out: it learns only from what it hears. So each is asked
+//! for its own address, in its tunnel, in the name of each mesh address: an ARP request (RFC 826), from which
+//! the kernel learns the neighbour, and the device which tunnel it is behind. Answers are of no interest.
+//!
+//! One on this very node hears it from the local link, where its answers will have to go.
+//!
+//! What a backend asks later, its neighbour entry having aged, the workers answer.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    io,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    time::Duration,
+};
+
+use dataplane::wire::ethernet::MacAddr;
+use etherparse::{ArpEthIpv4Packet, ArpOperation, ArpPacket, PacketBuilder};
+use socket2::{Domain, Socket, Type};
+use tokio::{net::UdpSocket, sync::watch, time};
+use tracing::debug;
+
+use crate::desired::{Desired, Mode};
+
+/// How often everything is taught again: well before a device's 300 s or a kernel's 60 s have passed.
+const AGAIN: Duration = Duration::from_secs(30);
+/// What is new is taught twice: the first may wait for the outer neighbour in vain.
+const SOON: Duration = Duration::from_secs(1);
+/// Lessons sent at once, and the pause after them: a large mesh is not to be a burst.
+const AT_ONCE: usize = 64;
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// What one backend is taught of one mesh address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+struct Lesson {
+    /// Where the tunnel ends.
+    end: SocketAddr,
+    /// Whether that is this very node.
+    home: bool,
+    vni: u32,
+    /// Whose kernel is to learn.
+    task: (Ipv4Addr, MacAddr),
+    /// What it is to learn.
+    mesh: (Ipv4Addr, MacAddr),
+}
+
+impl Lesson {
+    /// What goes into the tunnel: who has the task's address, tell the mesh address.
+    fn packet(&self) -> Vec<u8> {
+        // RFC 7348 section 5: the I flag, and the VNI before the last reserved byte.
+        let mut packet = [0x0800_0000, self.vni << 8].map(u32::to_be_bytes).concat();
+        let ((task, task_mac), (mesh, mesh_mac)) = (self.task, self.mesh);
+        let question = ArpEthIpv4Packet {
+            operation: ArpOperation::REQUEST,
+            sender_mac: mesh_mac.0,
+            sender_ipv4: mesh.octets(),
+            target_mac: [0; 6],
+            target_ipv4: task.octets(),
+        };
+        PacketBuilder::ethernet2(mesh_mac.0, task_mac.0)
+            .arp(ArpPacket::from(question))
+            .write(&mut packet)
+            .expect("a vector takes everything");
+        packet
+    }
+}
+
+/// All that is to be taught. `home` is whether there is a way to what runs on this very node.
+fn lessons(desired: &Desired, own: &[IpAddr], has_home: bool) -> BTreeSet<Lesson> {
+    let mut all = BTreeSet::new();
+    for (service, backend) in desired.backends() {
+        let home = own.contains(&backend.vtep);
+        if service.mode != Mode::Nat || (home && !has_home) {
+            continue;
+        }
+        let Some(IpAddr::V4(task)) = backend.address else { continue };
+        let its = desired.overlays.iter().filter(|overlay| overlay.vni == backend.vni);
+        for (overlay, mesh) in its.flat_map(|o| o.addresses.iter().map(move |mesh| (o, mesh))) {
+            let IpAddr::V4(mesh) = *mesh else { continue };
+            all.insert(Lesson {
+                end: SocketAddr::new(backend.vtep, backend.port),
+                home,
+                vni: backend.vni.get(),
+                task: (task, backend.mac),
+                mesh: (mesh, overlay.mac),
+            });
+        }
+    }
+    all
+}
+
+/// A handle on the task that teaches; it ends with it.
+#[derive(Debug)]
+pub struct Teacher {
+    wanted: watch::Sender<BTreeSet<Lesson>>,
+    has_home: bool,
+}
+
+impl Teacher {
+    /// Starts on the current tokio runtime. `vteps` are the tunnels' own ends, as far as they are configured,
+    /// and `home` the one of those to this very node, if there are any.
+    pub fn start(vteps: Vec<IpAddr>, home: Option<Ipv4Addr>) -> Self {
+        let (wanted, told) = watch::channel(BTreeSet::new());
+        tokio::spawn(Teaching { vteps, home, told, sockets: HashMap::new() }.run());
+        Self { wanted, has_home: home.is_some() }
+    }
+
+    /// Says what is wanted, from now on. `own` are this node's addresses.
+    pub fn want(&self, desired: &Desired, own: &[IpAddr]) {
+        let lessons = lessons(desired, own, self.has_home);
+        self.wanted.send_if_modified(|wanted| {
+            let changed = *wanted != lessons;
+            *wanted = lessons;
+            changed
+        });
+    }
+}
+
+struct Teaching {
+    vteps: Vec<IpAddr>,
+    home: Option<Ipv4Addr>,
+    told: watch::Receiver<BTreeSet<Lesson>>,
+    /// By what they are bound to.
+    sockets: HashMap<IpAddr, UdpSocket>,
+}
+
+impl Teaching {
+    async fn run(mut self) {
+        let mut taught = BTreeSet::new();
+        let mut wait = AGAIN;
+        loop {
+            let new = match time::timeout(wait, self.told.changed()).await {
+                Ok(Err(_)) => return,
+                Ok(Ok(())) => true,
+                Err(_) => false,
+            };
+            let wanted = self.told.borrow_and_update().clone();
+            let due: Vec<Lesson> = match new {
+                true => wanted.difference(&taught).copied().collect(),
+                false => wanted.iter().copied().collect(),
+            };
+            for some in due.chunks(AT_ONCE) {
+                for lesson in some {
+                    if let Err(error) = self.teach(lesson).await {
+                        // It is tried again, and a backend that can't be reached is shown elsewhere.
+                        debug!(%error, ?lesson, "a backend could not be taught a mesh address");
+                    }
+                }
+                time::sleep(PAUSE).await;
+            }
+            wait = if new { SOON } else { AGAIN };
+            taught = wanted;
+        }
+    }
+
+    async fn teach(&mut self, lesson: &Lesson) -> io::Result<()> {
+        let from = self.end(lesson);
+        if !self.sockets.contains_key(&from) {
+            self.sockets.insert(from, bound(from, lesson.home)?);
+        }
+        self.sockets[&from].send_to(&lesson.packet(), lesson.end).await?;
+        Ok(())
+    }
+
+    /// Where a lesson comes from, and answers are to go.
+    fn end(&self, lesson: &Lesson) -> IpAddr {
+        if let Some(home) = self.home.filter(|_| lesson.home) {
+            return home.into();
+        }
+        let v6 = lesson.end.is_ipv6();
+        let configured = self.vteps.iter().find(|vtep| vtep.is_ipv6() == v6).copied();
+        configured.unwrap_or(if v6 { IpAddr::from([0; 16]) } else { IpAddr::from([0; 4]) })
+    }
+}
+
+/// A socket to teach by. At home it speaks for the local link's far end, whose address the kernel has not.
+fn bound(from: IpAddr, home: bool) -> io::Result<UdpSocket> {
+    let socket = Socket::new(Domain::for_address(SocketAddr::new(from, 0)), Type::DGRAM, None)?;
+    if home {
+        socket.set_ip_transparent_v4(true)?;
+    }
+    socket.set_nonblocking(true)?;
+    socket.bind(&SocketAddr::new(from, 0).into())?;
+    UdpSocket::from_std(socket.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use etherparse::{LinkSlice, NetSlice, SlicedPacket};
+
+    use super::*;
+    use crate::config::Config;
+
+    const TEXT: &str = r#"
+        [[overlay]]
+        vni = 100
+        addresses = ["10.99.1.250", "10.99.1.251"]
+        [[service]]
+        name = "shop"
+        vip = "node"
+        ports = ["80/tcp"]
+        mode = "nat"
+        vni = 100
+        backend = [
+            { name = "a", vtep = "127.0.0.1", address = "10.99.1.2" },
+            { name = "b", vtep = "10.0.0.3", address = "10.99.1.3" },
+        ]
+        [[service]]
+        name = "web"
+        vip = "203.0.113.1"
+        ports = ["80/tcp"]
+        vni = 100
+        backend = [{ name = "a", vtep = "10.0.0.3", mac = "02:00:00:00:00:01" }]
+    "#;
+
+    fn desired(port: u16) -> Desired {
+        // A loopback address is no VTEP to the file; it is to a socket.
+        let text = TEXT.replace("127.0.0.1", "10.0.0.2");
+        let mut desired = Config::parse("test", &text).unwrap().0.desired;
+        let mut shop = (*desired.services[0]).clone();
+        shop.backends[0].vtep = IpAddr::from([127, 0, 0, 1]);
+        shop.backends[0].port = port;
+        desired.services[0] = shop.into();
+        desired
+    }
+
+    #[test]
+    fn nat_backends_elsewhere_are_asked_in_the_name_of_each_mesh_address() {
+        let own = [IpAddr::from([10, 0, 0, 3])];
+        assert_eq!(lessons(&desired(4789), &own, true).len(), 4, "DSR needs none");
+        let all = lessons(&desired(4789), &own, false);
+        assert_eq!(all.len(), 2, "one runs here, and there is no way: {all:?}");
+        let packet = all.first().unwrap().packet();
+        assert_eq!(packet[..8], [8, 0, 0, 0, 0, 0, 100, 0]);
+        let inner = SlicedPacket::from_ethernet(&packet[8..]).unwrap();
+        let Some(LinkSlice::Ethernet2(ethernet)) = &inner.link else { panic!("{inner:?}") };
+        assert_eq!(ethernet.destination(), [2, 0x42, 10, 99, 1, 2], "to nobody else");
+        assert_eq!(ethernet.source(), [2, 0x42, 10, 99, 1, 250]);
+        let Some(NetSlice::Arp(arp)) = &inner.net else { panic!("{inner:?}") };
+        assert_eq!(arp.operation(), ArpOperation::REQUEST);
+        assert_eq!(arp.sender_protocol_addr(), [10, 99, 1, 250]);
+        assert_eq!(arp.sender_hw_addr(), [2, 0x42, 10, 99, 1, 250]);
+        assert_eq!(arp.target_protocol_addr(), [10, 99, 1, 2]);
+    }
+
+    #[tokio::test]
+    async fn a_backend_is_taught_at_once_and_again_and_only_what_is_new() {
+        let backend = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let mut desired = desired(backend.local_addr().unwrap().port());
+        let teacher = Teacher::start(Vec::new(), None);
+        let own = [IpAddr::from([10, 0, 0, 3])];
+        let heard = async |count| {
+            let (mut buffer, mut last) = ([0; 128], Vec::new());
+            for _ in 0..count {
+                let received = backend.recv_from(&mut buffer);
+                time::timeout(Duration::from_secs(10), received).await.unwrap().unwrap();
+                // Of the ARP packet, the last byte of its sender.
+                last.push(buffer[8 + 14 + 17]);
+            }
+            last
+        };
+        teacher.want(&desired, &own);
+        assert_eq!(heard(4).await, [250, 251, 250, 251], "at once, and soon after");
+        teacher.want(&desired, &own);
+        desired.overlays[0].addresses.push(IpAddr::from([10, 99, 1, 252]));
+        teacher.want(&desired, &own);
+        assert_eq!(heard(1).await, [252]);
+    }
+}

@@ -1,0 +1,366 @@
+//! Mode `nat`, against stock vxlan devices that have an address and nothing else: nothing of ours, and no
+//! VIP, is on a backend.
+
+use std::{fs, net::SocketAddr};
+
+use crate::{
+    client::{
+        Held, NO_ERRORS, VIP4, Vip, exchange_ten_megabytes, get, load, parse, send_datagrams,
+        start_holding,
+    },
+    daemon::Daemon,
+    lab::{Background, Lab, PEER, bounded, wait_until},
+    wire::{start_capture, tshark},
+};
+
+/// What backends take for their client.
+const MESH: &str = "10.99.1.250";
+/// A service's own address.
+const VIP: Vip = Vip { address: "203.0.113.20", url: "http://203.0.113.20", client: MESH };
+/// One of the node's.
+const NODE: Vip = Vip { address: "10.77.0.11", url: "http://10.77.0.11:8080", client: MESH };
+
+const ONE_ARMED: [&str; 4] = ["--nodes", "1", "--backends", "2"];
+
+/// A lab whose backends are in an overlay, and whose first node publishes them.
+struct Mesh {
+    lab: Lab,
+    /// The config as the lab has written it.
+    plain: String,
+    _echoes: Vec<Background>,
+}
+
+impl Mesh {
+    fn up(options: &[&str], backends: &[&str]) -> Self {
+        let lab = Lab::up(options);
+        lab.succeed("router", &["ip", "route", "add", VIP.address, "via", NODE.address]);
+        let echoes = backends.iter().map(|backend| join(&lab, backend)).collect();
+        let plain = fs::read_to_string(lab.file("n1.toml")).unwrap();
+        let mesh = Self { lab, plain, _echoes: echoes };
+        mesh.serve_by(backends, "");
+        mesh
+    }
+
+    /// Has the services served by these backends; `keys` are of the overlay.
+    fn serve_by(&self, backends: &[&str], keys: &str) {
+        self.serve(backends, keys, "");
+    }
+
+    /// `allow` is a key of the services.
+    fn serve(&self, backends: &[&str], keys: &str, allow: &str) {
+        let backend = |name: &&str| {
+            let number = &name[1..];
+            format!(
+                "[[service.backend]]\nname = \"{name}\"\nvtep = \"10.77.0.10{number}\"\n\
+                 address = \"10.99.1.{number}\"\n"
+            )
+        };
+        let backends: String = backends.iter().map(backend).collect();
+        let service = |name: &str, vip: &str, ports: &str| {
+            format!(
+                "[[service]]\nname = \"{name}\"\nvip = \"{vip}\"\nports = [{ports}]\nmode = \"nat\"\n\
+                 vni = 200\n{allow}\n{backends}"
+            )
+        };
+        let on_node = "\"8080:80/tcp\", \"5353/udp\", \"5301:5999/udp\", \"8000-8001:80-81/tcp\"";
+        let text = format!(
+            "{}\n[[overlay]]\nvni = 200\naddresses = [\"{MESH}\"]\n{keys}\n{}{}",
+            self.plain,
+            service("shop", "node", on_node),
+            service("shop-vip", VIP.address, "\"80/tcp\", \"5353/udp\""),
+        );
+        let (path, new) = (self.lab.file("n1.toml"), self.lab.file("n1.toml.new"));
+        fs::write(&new, text).unwrap();
+        fs::rename(new, path).unwrap();
+    }
+
+    /// Runs a program of Python's on a host. Returns what it printed.
+    fn python(&self, host: &str, program: &str) -> String {
+        self.lab.succeed(host, &["python3", "-c", program])
+    }
+}
+
+/// Gives a backend a stock vxlan device with an address, and an echo server there.
+pub fn join(lab: &Lab, backend: &str) -> Background {
+    let number = &backend[1..];
+    let (local, address) = (format!("10.77.0.10{number}"), format!("10.99.1.{number}"));
+    let mac = format!("02:42:0a:63:01:0{number}");
+    let words = format!(
+        "ip link add vx200 address {mac} type vxlan id 200 local {local} dstport 4789 dev eth0"
+    );
+    lab.succeed(backend, &words.split(' ').collect::<Vec<_>>());
+    lab.succeed(backend, &["ip", "address", "add", &format!("{address}/24"), "dev", "vx200"]);
+    lab.succeed(backend, &["ip", "link", "set", "vx200", "up"]);
+    let ready = lab.file(&format!("{backend}-mesh.ready"));
+    let ready_path = ready.to_str().unwrap();
+    let echo = [PEER, "echo", "--name", backend, "--port", "5353", "--ready", ready_path];
+    let echo = lab.start(backend, &[&echo[..], &["--bind", &address]].concat());
+    wait_until("the echo server listens", 10, || ready.exists());
+    echo
+}
+
+/// How often packets were dropped for a reason.
+fn drops(daemon: &Daemon, reason: &str) -> u64 {
+    let status = daemon.status();
+    let drops = status["drops"].as_array().unwrap();
+    let found = drops.iter().find(|drop| drop["reason"] == reason);
+    found.map_or(0, |drop| drop["count"].as_u64().unwrap())
+}
+
+#[test]
+fn every_address_of_the_node_and_a_vip_lead_to_other_ports_of_stock_devices() {
+    let mesh = Mesh::up(&[&ONE_ARMED[..], &["--two-armed"]].concat(), &["b1", "b2"]);
+    let lab = &mesh.lab;
+    // What faces clients is another address here than what faces backends.
+    lab.succeed("router", &["ip", "route", "replace", VIP.address, "via", "10.76.0.11"]);
+    let _daemon = Daemon::start(lab, "n1");
+    let front = Vip { address: "10.76.0.11", url: "http://10.76.0.11:8080", client: MESH };
+    let range = Vip { url: "http://10.76.0.11:8000", ..front };
+    for vip in [front, range, NODE, VIP] {
+        assert_eq!(get(lab, vip).client, MESH, "{}", vip.url);
+        let datagrams = send_datagrams(lab, vip, 20, 512);
+        assert_eq!(datagrams.lost, 0, "{}", vip.address);
+        for answer in &datagrams.answers {
+            assert!(answer.intact && answer.client == MESH, "{answer:?}");
+        }
+    }
+    // Untranslated, beside it.
+    assert_eq!(get(lab, VIP4).client, VIP4.client);
+    // An address that comes later counts as well.
+    lab.succeed("n1", &["ip", "address", "add", "192.0.2.11/32", "dev", "lo"]);
+    lab.succeed("router", &["ip", "route", "add", "192.0.2.11", "via", "10.76.0.11"]);
+    let late = "http://192.0.2.11:8080";
+    wait_until("the new address answers", 10, || {
+        lab.run("client", &["curl", "-sSf", "--max-time", "1", late]).status.success()
+    });
+}
+
+#[test]
+fn ten_megabytes_are_translated_intact_both_ways_through_a_narrow_tunnel() {
+    for client_mtu in ["1500", "1400"] {
+        let narrow = ["--underlay-mtu", "1500", "--client-mtu", client_mtu];
+        let mesh = Mesh::up(&[&ONE_ARMED[..], &narrow].concat(), &["b1", "b2"]);
+        let _daemon = Daemon::start(&mesh.lab, "n1");
+        for vip in [VIP, NODE] {
+            exchange_ten_megabytes(&mesh.lab, vip, &["b1", "b2"]);
+        }
+    }
+}
+
+#[test]
+fn the_mss_is_lowered_to_what_the_overlay_carries_both_ways() {
+    let mesh = Mesh::up(&ONE_ARMED, &["b1"]);
+    mesh.serve_by(&["b1"], "mtu = 1300");
+    let _daemon = Daemon::start(&mesh.lab, "n1");
+    for (host, filter) in [("b1", "udp port 4789"), ("client", "tcp port 8080")] {
+        let file = mesh.lab.file(&format!("{host}.pcap"));
+        let capture = start_capture(&mesh.lab, host, &file, filter);
+        get(&mesh.lab, NODE);
+        capture.stop();
+        // Of the SYN in the tunnel, and of the SYN-ACK that the client gets.
+        let from = if host == "b1" { MESH } else { NODE.address };
+        let wanted = format!("tcp.flags.syn == 1 && ip.src == {from}");
+        let shown = tshark(&file, &["-Y", &wanted, "-T", "fields", "-e", "tcp.options.mss_val"]);
+        assert!(shown.lines().count() > 0 && shown.lines().all(|mss| mss == "1260"), "{shown}");
+    }
+}
+
+#[test]
+fn a_datagram_that_must_not_be_cut_and_is_too_big_is_answered_and_not_swallowed() {
+    let mesh = Mesh::up(&ONE_ARMED, &["b1"]);
+    mesh.serve_by(&["b1"], "mtu = 1300");
+    let daemon = Daemon::start(&mesh.lab, "n1");
+    let said = mesh.python(
+        "client",
+        "import socket, time\n\
+         s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
+         s.setsockopt(socket.IPPROTO_IP, 10, 2)  # IP_MTU_DISCOVER: always with DF\n\
+         s.connect(('10.77.0.11', 5353))\n\
+         s.send(bytes(1400))\n\
+         time.sleep(1)\n\
+         print(s.getsockopt(socket.IPPROTO_IP, 14))  # IP_MTU\n",
+    );
+    assert_eq!(said.trim(), "1300");
+    assert!(daemon.counter("too_big_sent") >= 1);
+}
+
+#[test]
+fn icmp_errors_are_translated_both_ways() {
+    let mesh = Mesh::up(&ONE_ARMED, &["b1"]);
+    let lab = &mesh.lab;
+    let daemon = Daemon::start(lab, "n1");
+    // Nobody listens at the target: what the backend's kernel says of it is about a packet of the client's.
+    let said = mesh.python(
+        "client",
+        "import socket\n\
+         s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
+         s.settimeout(5)\n\
+         s.connect(('10.77.0.11', 5301))\n\
+         s.send(b'x')\n\
+         try: s.recv(1)\n\
+         except ConnectionRefusedError: print('refused')\n",
+    );
+    assert_eq!(said.trim(), "refused");
+    // The last link narrows without the client's knowledge: the router tells whoever sends from the VIP.
+    lab.succeed("router", &["ip", "link", "set", "client", "mtu", "1400"]);
+    let copy = lab.file("copy");
+    let url = format!("{}/big", NODE.url);
+    let fetch = ["curl", "-sSf", "--max-time", "60", "-o", copy.to_str().unwrap(), &url];
+    lab.succeed("client", &fetch);
+    let route = lab.succeed("b1", &["ip", "route", "get", MESH]);
+    assert!(route.contains("mtu 1400"), "{route}");
+    assert!(daemon.counter("icmp_errors_forwarded") >= 2);
+}
+
+#[test]
+fn a_client_that_is_not_allowed_gets_no_connection_and_others_do() {
+    let mesh = Mesh::up(&ONE_ARMED, &["b1"]);
+    mesh.serve(&["b1"], "", "allow = [\"192.0.2.0/24\"]");
+    let daemon = Daemon::start(&mesh.lab, "n1");
+    let refused = mesh.lab.run("client", &["curl", "-sS", "--max-time", "2", NODE.url]);
+    assert!(!refused.status.success());
+    assert!(drops(&daemon, "not_allowed") >= 1);
+    let why = daemon.wiremesh("explain tcp 198.51.100.7:5000 10.77.0.11:8080");
+    assert!(why.contains("not_allowed") && why.contains("192.0.2.0/24"), "{why}");
+    mesh.serve(&["b1"], "", "allow = [\"192.0.2.0/24\", \"198.51.100.7\"]");
+    wait_until("the client is allowed", 10, || {
+        mesh.lab.run("client", &["curl", "-sSf", "--max-time", "1", NODE.url]).status.success()
+    });
+}
+
+#[test]
+fn connections_of_a_removed_backend_are_reset_and_its_datagrams_go_to_another() {
+    let mesh = Mesh::up(&ONE_ARMED, &["b1", "b2"]);
+    let daemon = Daemon::start(&mesh.lab, "n1");
+    let holding = start_holding(&mesh.lab, NODE, 12, 10);
+    // One flow of datagrams, which is not to notice but by who answers.
+    let talk = mesh.lab.start(
+        "client",
+        &[
+            "python3",
+            "-c",
+            "import socket, time\n\
+             s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
+             s.settimeout(0.5)\n\
+             s.connect(('10.77.0.11', 5353))\n\
+             said = []\n\
+             for _ in range(60):\n\
+             \x20   s.send(b'x')\n\
+             \x20   try: said.append(s.recv(99).split()[0].decode())\n\
+             \x20   except TimeoutError: said.append('-')\n\
+             \x20   time.sleep(0.1)\n\
+             print(' '.join(said))\n",
+        ],
+    );
+    wait_until("both hold connections", 5, || {
+        let status = daemon.status();
+        let shop = status["services"].as_array().unwrap().iter().find(|s| s["name"] == "shop");
+        let backends = shop.unwrap()["backends"].as_array().unwrap().clone();
+        backends.iter().map(|b| b["connections"].as_u64().unwrap()).sum::<u64>() >= 12
+    });
+    mesh.serve_by(&["b2"], "");
+    let held: Vec<Held> = parse(&holding.finish());
+    let (mut kept, mut reset) = (0, 0);
+    for Held { backend, outcome, after_s } in &held {
+        match backend.as_deref() {
+            Some("b2") => {
+                assert_eq!(outcome, "kept");
+                kept += 1;
+            }
+            _ => {
+                assert_eq!(outcome, "reset", "and not a hang");
+                assert!(*after_s < 5.0, "{after_s}");
+                reset += 1;
+            }
+        }
+    }
+    assert!(kept > 0 && reset > 0, "{held:?}");
+    let said = talk.finish();
+    let last: Vec<&str> = said.split_whitespace().rev().take(10).collect();
+    assert!(last.iter().all(|name| *name == "b2"), "{said}");
+    assert!(said.matches('-').count() <= 1, "one may have been under way: {said}");
+}
+
+#[test]
+fn thousands_of_short_connections_of_one_client_meet_no_pause() {
+    let mesh = Mesh::up(&ONE_ARMED, &["b1", "b2"]);
+    let daemon = Daemon::start(&mesh.lab, "n1");
+    let load = load(&mesh.lab, NODE, 2000);
+    assert_eq!((load.errors, load.ok), (NO_ERRORS, 2000));
+    // A port that is used again too soon costs the second after which a SYN is repeated.
+    assert!(load.slowest_s < 0.9, "{} s", load.slowest_s);
+    let metrics = daemon.get("/metrics");
+    let value = |name: &str| {
+        let label = format!("wiremesh_{name}{{address=\"{MESH}\",vni=\"200\"}} ");
+        let line = metrics.lines().find_map(|line| line.strip_prefix(&label));
+        line.unwrap_or_else(|| panic!("no {label} in {metrics}")).parse::<u64>().unwrap()
+    };
+    assert_eq!(value("nat_slots"), 64_512);
+    // nginx closes none of them first.
+    assert!(value("nat_slots_used") <= 2000, "{}", value("nat_slots_used"));
+}
+
+#[test]
+fn what_a_stranger_puts_into_a_tunnel_is_dropped_and_counted_and_the_connection_goes_on() {
+    let mesh = Mesh::up(&ONE_ARMED, &["b1"]);
+    let lab = &mesh.lab;
+    let daemon = Daemon::start(lab, "n1");
+    let holding = start_holding(lab, NODE, 1, 6);
+    let client =
+        lab.succeed("client", &["ss", "-tnH", "state", "established", "dport", "=", "8080"]);
+    let client = client.split_whitespace().nth(2).unwrap().to_owned();
+    let explained = daemon.wiremesh(&format!("explain tcp {client} 10.77.0.11:8080"));
+    let now = explained.lines().find_map(|line| line.strip_prefix("now      ")).unwrap();
+    assert!(now.starts_with("established: ") && now.contains("10.99.1.1:80, which is b1"), "{now}");
+    let mesh_end = now.split_whitespace().nth(1).unwrap().parse::<SocketAddr>().unwrap();
+    assert_eq!(mesh_end.ip().to_string(), MESH);
+    // All of it is right but where it comes from.
+    let reset = format!(
+        "import socket, struct\n\
+         def sum16(d):\n\
+         \x20   t = sum(struct.unpack('!%dH' % (len(d) // 2), d))\n\
+         \x20   while t >> 16: t = (t & 0xffff) + (t >> 16)\n\
+         \x20   return ~t & 0xffff\n\
+         src, dst = bytes([10, 99, 1, 1]), bytes([10, 99, 1, 250])\n\
+         tcp = struct.pack('!HHIIBBHHH', 80, {}, 1, 1, 0x50, 4, 0, 0, 0)\n\
+         tcp = tcp[:16] + struct.pack('!H', sum16(src + dst + struct.pack('!HH', 6, 20) + tcp)) + tcp[18:]\n\
+         ip = struct.pack('!BBHHHBBH', 0x45, 0, 40, 1, 0, 64, 6, 0) + src + dst\n\
+         ip = ip[:10] + struct.pack('!H', sum16(ip)) + ip[12:]\n\
+         eth = bytes.fromhex('02420a6301fa' '02420a630101' '0800')\n\
+         vxlan = struct.pack('!II', 0x08000000, 200 << 8)\n\
+         s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
+         s.sendto(vxlan + eth + ip + tcp, ('10.77.0.11', 4789))\n",
+        mesh_end.port()
+    );
+    mesh.python("b2", &reset);
+    wait_until("the drop is counted", 5, || drops(&daemon, "spoofed_tunnel") == 1);
+    let held: Vec<Held> = parse(&holding.finish());
+    assert!(held.iter().all(|connection| connection.outcome == "kept"), "{held:?}");
+    let ps = daemon.wiremesh("service ps shop");
+    assert!(ps.contains("b1"), "{ps}");
+}
+
+#[test]
+fn a_service_of_the_apis_is_translated_in_the_words_of_docker() {
+    let mesh = Mesh::up(&ONE_ARMED, &["b1"]);
+    let daemon = Daemon::start(&mesh.lab, "n1");
+    daemon.wiremesh(
+        "service create --name api --mode nat --vip node --publish published=9200,target=80 --vni 200 \
+         --backend vtep=10.77.0.101,address=10.99.1.1",
+    );
+    let vip = Vip { url: "http://10.77.0.11:9200", ..NODE };
+    assert_eq!(get(&mesh.lab, vip).client, MESH);
+    let shown = daemon.wiremesh("service inspect api");
+    assert!(shown.contains("ports = [\"9200:80/tcp\"]"), "{shown}");
+    // In an overlay that the node is not in it can't be.
+    let socket = mesh.lab.file("n1.sock");
+    let output = bounded(crate::daemon::WIREMESH)
+        .args(["service", "create", "--name", "lost", "--mode", "nat", "--vip", "node"])
+        .args(["--publish", "9300:80", "--vni", "201", "--socket"])
+        .arg(socket)
+        .args(["--backend", "vtep=10.77.0.101,address=10.99.1.1"])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("no address in the overlay 201"), "{said}");
+}
