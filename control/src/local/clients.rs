@@ -3,7 +3,7 @@
 //! node's own connections, whose answers would be steered to workers.
 //!
 //! Packets from elsewhere never get here: XDP takes them before the kernel sees them, and where it does
-//! not, the sockets, bound to the loopback device, refuse them.
+//! not, the sockets' filters drop them.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockFilter, Socket, Type};
 use tokio::{
     net::{TcpListener, UdpSocket},
     sync::{Semaphore, watch},
@@ -226,10 +226,27 @@ fn bound(address: SocketAddr, kind: Type) -> io::Result<Socket> {
         // Connections of an earlier life that are still closing don't matter.
         socket.set_reuse_address(true)?;
     }
-    socket.bind_device(Some(b"lo"))?;
+    socket.attach_filter(&only_from_this_node())?;
     socket.set_nonblocking(true)?;
     socket.bind(&address.into())?;
     Ok(socket)
+}
+
+/// A packet of this node to itself comes by the loopback device, whichever of its addresses it is for. To
+/// bind the sockets to that device would not do: the kernel looks for those of the address's.
+fn only_from_this_node() -> [SockFilter; 4] {
+    const LOAD: u16 = 0x20; // BPF_LD | BPF_W | BPF_ABS
+    const IS: u16 = 0x15; // BPF_JMP | BPF_JEQ | BPF_K
+    const RETURN: u16 = 0x06; // BPF_RET | BPF_K
+    const INTERFACE: u32 = (libc::SKF_AD_OFF + libc::SKF_AD_IFINDEX) as u32;
+    // In every network namespace.
+    const LOOPBACK: u32 = 1;
+    [
+        SockFilter::new(LOAD, 0, 0, INTERFACE),
+        SockFilter::new(IS, 0, 1, LOOPBACK),
+        SockFilter::new(RETURN, 0, 0, u32::MAX),
+        SockFilter::new(RETURN, 0, 0, 0),
+    ]
 }
 
 #[cfg(test)]

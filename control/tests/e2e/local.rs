@@ -158,7 +158,7 @@ fn publish(lab: &Lab, backend: &str) {
 
 /// One that publishes what is on another node.
 fn publishing_lab() -> (Lab, Background) {
-    let lab = bare_lab_of(&["--nodes", "1", "--backends", "1"]);
+    let lab = bare_lab_of(&["--nodes", "1", "--backends", "1", "--queues", "2"]);
     let echo = join(&lab, "b1");
     publish(&lab, ON_B1);
     (lab, echo)
@@ -178,7 +178,8 @@ fn download(lab: &Lab, host: &str, url: &str) {
 fn clients_on_the_node_itself_reach_its_ports_by_localhost_and_by_its_address() {
     let (lab, _echo) = publishing_lab();
     let daemon = Daemon::start(&lab, "n1");
-    assert_eq!(local_ports(&daemon), 1, "there is an overlay, so there is a link");
+    let workers = daemon.status()["workers"].as_array().unwrap().len();
+    assert_eq!(local_ports(&daemon), workers, "there is an overlay, so there is a link");
     let get = |url: &str| lab.run("n1", &["curl", "-sSf", "--max-time", "5", url]);
     for address in ["localhost", "127.0.0.1", "[::1]", "10.77.0.11"] {
         let url = format!("http://{address}:8080");
@@ -207,6 +208,28 @@ fn clients_on_the_node_itself_reach_its_ports_by_localhost_and_by_its_address() 
     daemon.terminate();
     assert_eq!(get("http://localhost:8080").status.code(), Some(7), "connection refused");
     assert!(!has_link(&lab));
+}
+
+#[test]
+fn clients_elsewhere_are_not_served_by_what_is_there_for_the_node_itself() {
+    let (lab, _echo) = publishing_lab();
+    let _daemon = Daemon::start(&lab, "n1");
+    let url = "http://192.0.2.5:8080";
+    // What no worker takes comes to the kernel: by an interface that is not ours.
+    for command in [
+        "link add other type veth peer name outside netns ROUTER",
+        "address add 192.0.2.5/24 dev other",
+        "link set other up",
+    ] {
+        let command = command.replace("ROUTER", &lab.namespace("router"));
+        let words: Vec<&str> = ["ip"].into_iter().chain(command.split(' ')).collect();
+        lab.succeed("n1", &words);
+    }
+    lab.succeed("router", &["ip", "address", "add", "192.0.2.1/24", "dev", "outside"]);
+    lab.succeed("router", &["ip", "link", "set", "outside", "up"]);
+    lab.succeed("n1", &["curl", "-sSf", "--max-time", "5", url]);
+    let refused = lab.run("router", &["curl", "-sS", "--max-time", "2", url]);
+    assert_eq!(refused.status.code(), Some(28), "it is as if nobody were there");
 }
 
 #[test]
