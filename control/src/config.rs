@@ -447,6 +447,16 @@ impl Default for Nat {
 }
 
 impl Nat {
+    /// The longest that a silent connection may be known, in milliseconds: while it is, its backend's slot is
+    /// nobody else's (I4).
+    pub fn longest_ms(&self) -> u64 {
+        let Self { opening_s, tcp_idle_s, half_closed_s, time_wait_s, udp_idle_s, .. } = *self;
+        let all = [opening_s, tcp_idle_s, half_closed_s, time_wait_s, udp_idle_s];
+        let longest = all.into_iter().max().unwrap_or_default();
+        // A packet is noted by the second, and what has run out is swept as often.
+        (u64::from(longest) + 2) * 1000
+    }
+
     /// The table for all workers.
     ///
     /// # Errors

@@ -848,7 +848,7 @@ pub fn planner(config: &Config) -> Planner {
         maglev_size: Size::new(config.maglev.table_size).expect("the configuration checks it"),
         maglev_key: HashKey::from_seed(&config.maglev.seed),
         slots: config.limits.backends as usize,
-        rest_ms: config.connections.timeouts().longest_ms(),
+        rest_ms: config.connections.timeouts().longest_ms().max(config.nat.longest_ms()),
     })
 }
 

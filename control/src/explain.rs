@@ -630,6 +630,34 @@ keeps its backend
     }
 
     #[test]
+    fn a_translated_connection_is_explained_with_its_target_and_whom_it_is_refused_to() {
+        const NAT: &str = r#"
+            node.interfaces = ["absent0"]
+            overlay = [{ vni = 100, addresses = ["10.99.1.250"] }]
+            [[service]]
+            name = "shop"
+            vip = "203.0.113.20"
+            ports = ["80:8081/tcp"]
+            mode = "nat"
+            allow = ["198.51.100.0/24"]
+            vni = 100
+            backend = [{ name = "shop-1", vtep = "10.0.0.2", address = "10.99.1.2" }]
+        "#;
+        let config = Config::parse("test", NAT).unwrap().0;
+        let text = |client: &str| {
+            let (client, vip) = (client.parse().unwrap(), "203.0.113.20:80".parse().unwrap());
+            explain(&config, Protocol::Tcp, client, vip).unwrap().to_string()
+        };
+        let expected =
+            "backend  shop-1, weight 1 of 1\nnat      to 10.99.1.2:8081\ntunnel   VNI 100";
+        let allowed = text("198.51.100.7:1");
+        assert!(allowed.contains(expected), "{allowed}");
+        let refused = text("198.51.101.7:1");
+        assert!(refused.starts_with("dropped  not_allowed: "), "{refused}");
+        assert!(refused.contains("198.51.101.7 is in none of 198.51.100.0/24"), "{refused}");
+    }
+
+    #[test]
     fn a_drop_is_explained_by_what_the_configuration_has_instead() {
         for (vip, why) in [
             ("203.0.113.99:80", "203.0.113.99 is no VIP: no service has it"),

@@ -162,9 +162,11 @@ impl<P: Port> Worker<P> {
             frame.prefetch();
         }
         let packets = &mut self.packets[..self.inbound.len()];
-        burst.parse(&mut self.inbound, packets);
+        burst.parse(&self.inbound, packets);
+        if let Some(slots) = burst.nat {
+            burst.translate(slots, &mut self.inbound, packets);
+        }
         burst.select(packets);
-        burst.translate(&mut self.inbound, packets);
         burst.encapsulate(&mut self.inbound, packets);
         burst.dispatch(&mut self.inbound, packets);
     }
@@ -303,36 +305,35 @@ struct Burst<'a> {
 impl<'a> Burst<'a> {
     /// Bytes → meaning.
     #[inline(never)]
-    fn parse(&mut self, inbound: &mut Frames, packets: &mut [Packet]) {
+    fn parse(&self, inbound: &Frames, packets: &mut [Packet]) {
         let mut total = 0;
-        let count = inbound.len() as u64;
-        for (frame, packet) in inbound.iter_mut().zip(packets) {
+        for (frame, packet) in inbound.iter().zip(packets) {
             let bytes = frame.packet();
             total += bytes.len() as u64;
             if parse::plain_ipv4(bytes, &mut packet.flow) {
-                self.classify(frame, packet);
+                self.classify(bytes, packet);
             } else {
-                self.parse_any(frame, packet);
+                self.parse_any(bytes, packet);
             }
         }
-        self.context.counters.count(Event::RxPackets, count);
+        self.context.counters.count(Event::RxPackets, inbound.len() as u64);
         self.context.counters.count(Event::RxBytes, total);
     }
 
     /// Apart, so that the plain packets' way has the registers to itself.
     #[inline(never)]
-    fn parse_any(&mut self, frame: &mut Frame, packet: &mut Packet) {
-        match parse::any(frame.packet(), &mut packet.flow) {
-            Ok(()) => self.classify(frame, packet),
+    fn parse_any(&self, bytes: &[u8], packet: &mut Packet) {
+        match parse::any(bytes, &mut packet.flow) {
+            Ok(()) => self.classify(bytes, packet),
             Err(reason) => packet.next = Next::Drop(reason),
         }
     }
 
     /// Says what is next for a parsed packet.
     #[inline(always)]
-    fn classify(&mut self, frame: &mut Frame, packet: &mut Packet) {
+    fn classify(&self, bytes: &[u8], packet: &mut Packet) {
         let flow = &packet.flow;
-        if !self.link.accepts(frame.packet(), flow.kind) {
+        if !self.link.accepts(bytes, flow.kind) {
             packet.next = Next::Drop(DropReason::NotForUs);
             return;
         }
@@ -340,12 +341,7 @@ impl<'a> Burst<'a> {
             packet.next = Next::Answer;
             return;
         }
-        if let Some(slots) = self.nat
-            && self.classify_nat(slots, frame, packet)
-        {
-            return;
-        }
-        packet.hash = packet.flow.key.hash(&self.hash_key);
+        packet.hash = flow.key.hash(&self.hash_key);
         self.context.connections.prefetch(packet.hash);
         packet.next = Next::Select;
     }

@@ -667,6 +667,10 @@ fn a_nat_service_says_where_packets_are_translated_to() {
     let backend = &service.backends[0];
     assert_eq!(backend.address, Some("10.99.1.2".parse().unwrap()));
     assert_eq!(backend.mac.to_string(), "02:42:0a:63:01:02");
+    // A check goes to the server, as translated packets do.
+    let checked = NAT.replace("[[service.backend]]", "health.check = \"tcp\"\n[[service.backend]]");
+    let health = config(&checked).desired.services[0].health.clone().unwrap();
+    assert_eq!(health.check.port.to_string(), "8081/tcp");
     // As it is shown it means the same again.
     let mut shown = ServiceSpec::from(&**service);
     assert_eq!(shown.ports.as_ref().unwrap()[..2], ["80:8081/tcp", "8000-8001:9000-9001/udp"]);
@@ -1072,6 +1076,38 @@ fn the_example_has_every_key_and_is_valid_with_all_of_them() {
 fn keys_of(header: &str) -> BTreeSet<String> {
     let errors = errors(&format!("{header}\n'?' = 0\n"));
     errors[0].split('`').skip(1).step_by(2).skip(1).map(str::to_owned).collect()
+}
+
+#[test]
+fn the_table_of_translated_connections_has_defaults_and_bounds() {
+    let nat = |keys: &str| config(&format!("[nat]\n{keys}\n")).nat;
+    assert_eq!(nat(""), Nat::default());
+    assert_eq!(nat("").longest_ms(), (4 * 60 * 60 + 2) * 1000);
+    assert_eq!(nat("tcp_idle_s = 604800").longest_ms(), 604_802_000);
+    for (keys, expected) in [
+        ("addresses = 17", "2:13: `addresses` is 17, out of its range: 1 to 16"),
+        ("first_port = 0", "2:14: `first_port` is 0, out of its range: 1 to 65535"),
+        (
+            "first_port = 2000\nlast_port = 1999",
+            "3:13: `last_port` is 1999, out of its range: 2000 to 65535",
+        ),
+        ("tcp_idle_s = 604801", "2:14: `tcp_idle_s` is 604801, out of its range: 1 to 604800"),
+        ("time_wait_s = 0", "2:15: `time_wait_s` is 0, out of its range: 1 to 600"),
+    ] {
+        assert_eq!(errors(&format!("[nat]\n{keys}\n")), [format!("w.toml:{expected}")]);
+    }
+}
+
+#[test]
+fn a_service_on_the_node_counts_on_each_of_its_addresses() {
+    let limits = Limits { vips: 8, ..Limits::default() };
+    let own = ["10.0.0.1", "10.0.0.2", "fd00::1"].map(|address| address.parse().unwrap());
+    let desired = config(NAT).desired;
+    assert_eq!(desired.services[0].ports.len(), 4);
+    limits.admit(&desired, &own).unwrap();
+    let more = [&own[..], &["10.0.0.3".parse().unwrap()]].concat();
+    let refused = limits.admit(&desired, &more).unwrap_err().to_string();
+    assert!(refused.contains("there are 12 ports"), "{refused}");
 }
 
 #[test]

@@ -159,7 +159,7 @@ fn publish(lab: &Lab, backend: &str) {
 /// One that publishes what is on another node.
 fn publishing_lab() -> (Lab, Background) {
     let lab = bare_lab_of(&["--nodes", "1", "--backends", "1", "--queues", "2"]);
-    let echo = join(&lab, "b1");
+    let echo = join(&lab, "b1", "10.77.0.10");
     publish(&lab, ON_B1);
     (lab, echo)
 }

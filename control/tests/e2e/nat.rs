@@ -27,6 +27,8 @@ struct Mesh {
     lab: Lab,
     /// The config as the lab has written it.
     plain: String,
+    /// What backends' tunnels end at, but for the last digit.
+    vteps: &'static str,
     _echoes: Vec<Background>,
 }
 
@@ -34,9 +36,11 @@ impl Mesh {
     fn up(options: &[&str], backends: &[&str]) -> Self {
         let lab = Lab::up(options);
         lab.succeed("router", &["ip", "route", "add", VIP.address, "via", NODE.address]);
-        let echoes = backends.iter().map(|backend| join(&lab, backend)).collect();
+        let v6 = options.windows(2).any(|two| two == ["--underlay", "6"]);
+        let vteps = if v6 { "2001:db8:77::10" } else { "10.77.0.10" };
+        let echoes = backends.iter().map(|backend| join(&lab, backend, vteps)).collect();
         let plain = fs::read_to_string(lab.file("n1.toml")).unwrap();
-        let mesh = Self { lab, plain, _echoes: echoes };
+        let mesh = Self { lab, plain, vteps, _echoes: echoes };
         mesh.serve_by(backends, "");
         mesh
     }
@@ -51,8 +55,9 @@ impl Mesh {
         let backend = |name: &&str| {
             let number = &name[1..];
             format!(
-                "[[service.backend]]\nname = \"{name}\"\nvtep = \"10.77.0.10{number}\"\n\
-                 address = \"10.99.1.{number}\"\n"
+                "[[service.backend]]\nname = \"{name}\"\nvtep = \"{}{number}\"\n\
+                 address = \"10.99.1.{number}\"\n",
+                self.vteps
             )
         };
         let backends: String = backends.iter().map(backend).collect();
@@ -81,9 +86,9 @@ impl Mesh {
 }
 
 /// Gives a backend a stock vxlan device with an address, and an echo server there.
-pub fn join(lab: &Lab, backend: &str) -> Background {
+pub fn join(lab: &Lab, backend: &str, vteps: &str) -> Background {
     let number = &backend[1..];
-    let (local, address) = (format!("10.77.0.10{number}"), format!("10.99.1.{number}"));
+    let (local, address) = (format!("{vteps}{number}"), format!("10.99.1.{number}"));
     let mac = format!("02:42:0a:63:01:0{number}");
     let words = format!(
         "ip link add vx200 address {mac} type vxlan id 200 local {local} dstport 4789 dev eth0"
@@ -101,10 +106,7 @@ pub fn join(lab: &Lab, backend: &str) -> Background {
 
 /// How often packets were dropped for a reason.
 fn drops(daemon: &Daemon, reason: &str) -> u64 {
-    let status = daemon.status();
-    let drops = status["drops"].as_array().unwrap();
-    let found = drops.iter().find(|drop| drop["reason"] == reason);
-    found.map_or(0, |drop| drop["count"].as_u64().unwrap())
+    daemon.status()["drops"][reason]["count"].as_u64().unwrap_or(0)
 }
 
 #[test]
@@ -148,6 +150,17 @@ fn ten_megabytes_are_translated_intact_both_ways_through_a_narrow_tunnel() {
 }
 
 #[test]
+fn an_ipv6_underlay_carries_what_is_translated() {
+    let mesh = Mesh::up(&[&ONE_ARMED[..], &["--underlay", "6"]].concat(), &["b1", "b2"]);
+    let _daemon = Daemon::start(&mesh.lab, "n1");
+    for vip in [VIP, NODE] {
+        assert_eq!(get(&mesh.lab, vip).client, MESH);
+        assert_eq!(send_datagrams(&mesh.lab, vip, 20, 512).lost, 0);
+        exchange_ten_megabytes(&mesh.lab, vip, &["b1", "b2"]);
+    }
+}
+
+#[test]
 fn the_mss_is_lowered_to_what_the_overlay_carries_both_ways() {
     let mesh = Mesh::up(&ONE_ARMED, &["b1"]);
     mesh.serve_by(&["b1"], "mtu = 1300");
@@ -156,6 +169,8 @@ fn the_mss_is_lowered_to_what_the_overlay_carries_both_ways() {
         let file = mesh.lab.file(&format!("{host}.pcap"));
         let capture = start_capture(&mesh.lab, host, &file, filter);
         get(&mesh.lab, NODE);
+        // The kernel hands over what it has captured a block at a time.
+        wait_until("it is captured", 10, || fs::metadata(&file).unwrap().len() > 1000);
         capture.stop();
         // Of the SYN in the tunnel, and of the SYN-ACK that the client gets.
         let from = if host == "b1" { MESH } else { NODE.address };
@@ -220,7 +235,10 @@ fn a_client_that_is_not_allowed_gets_no_connection_and_others_do() {
     let refused = mesh.lab.run("client", &["curl", "-sS", "--max-time", "2", NODE.url]);
     assert!(!refused.status.success());
     assert!(drops(&daemon, "not_allowed") >= 1);
-    let why = daemon.wiremesh("explain tcp 198.51.100.7:5000 10.77.0.11:8080");
+    let socket = mesh.lab.file("n1.sock");
+    let explain = ["explain", "tcp", "198.51.100.7:5000", "10.77.0.11:8080", "--socket"];
+    let why = bounded(crate::daemon::WIREMESH).args(explain).arg(socket).output().unwrap();
+    let why = String::from_utf8_lossy(&why.stdout).into_owned();
     assert!(why.contains("not_allowed") && why.contains("192.0.2.0/24"), "{why}");
     mesh.serve(&["b1"], "", "allow = [\"192.0.2.0/24\", \"198.51.100.7\"]");
     wait_until("the client is allowed", 10, || {
@@ -291,7 +309,7 @@ fn thousands_of_short_connections_of_one_client_meet_no_pause() {
     assert!(load.slowest_s < 0.9, "{} s", load.slowest_s);
     let metrics = daemon.get("/metrics");
     let value = |name: &str| {
-        let label = format!("wiremesh_{name}{{address=\"{MESH}\",vni=\"200\"}} ");
+        let label = format!("wiremesh_{name}{{vni=\"200\",address=\"{MESH}\"}} ");
         let line = metrics.lines().find_map(|line| line.strip_prefix(&label));
         line.unwrap_or_else(|| panic!("no {label} in {metrics}")).parse::<u64>().unwrap()
     };
@@ -352,6 +370,13 @@ fn a_service_of_the_apis_is_translated_in_the_words_of_docker() {
     assert_eq!(get(&mesh.lab, vip).client, MESH);
     let shown = daemon.wiremesh("service inspect api");
     assert!(shown.contains("ports = [\"9200:80/tcp\"]"), "{shown}");
+    // The file can't take the overlay away from it.
+    fs::write(mesh.lab.file("n1.toml"), &mesh.plain).unwrap();
+    wait_until("the file is refused", 10, || {
+        let refused = daemon.status()["refused"].as_str().unwrap_or_default().to_owned();
+        refused.contains("the api's `api` can't be reached by nat")
+    });
+    assert_eq!(get(&mesh.lab, vip).client, MESH);
     // In an overlay that the node is not in it can't be.
     let socket = mesh.lab.file("n1.sock");
     let output = bounded(crate::daemon::WIREMESH)

@@ -26,14 +26,8 @@ struct Placed<'a> {
 }
 
 impl<'a> Burst<'a> {
-    /// Says what is next for a packet if it is NAT's.
-    #[inline(never)]
-    pub(super) fn classify_nat(
-        &mut self,
-        slots: &Slots,
-        frame: &mut Frame,
-        packet: &mut Packet,
-    ) -> bool {
+    /// Says what is next for a packet that a backend would be selected for, if it is NAT's.
+    fn classify_nat(&mut self, slots: &Slots, frame: &mut Frame, packet: &mut Packet) {
         let Packet { flow, hash, next, .. } = packet;
         if flow.kind == Kind::Packet
             && flow.protocol == protocol::UDP
@@ -43,15 +37,10 @@ impl<'a> Burst<'a> {
                 Ok(next) => next,
                 Err(reason) => Next::Drop(reason),
             };
-            return true;
+        } else if self.nat_service(&flow.key).is_some() {
+            slots.prefetch(*hash);
+            *next = Next::Translate;
         }
-        if self.nat_service(&flow.key).is_none() {
-            return false;
-        }
-        *hash = flow.key.hash(&self.hash_key);
-        slots.prefetch(*hash);
-        *next = Next::Translate;
-        true
     }
 
     /// The service of a client's packet, if it is translated, and its number.
@@ -110,10 +99,19 @@ impl<'a> Burst<'a> {
         }
     }
 
-    /// Translates what has a slot or gets one.
+    /// Takes what is NAT's out of its tunnel, and translates what has a slot or gets one.
     #[inline(never)]
-    pub(super) fn translate(&mut self, inbound: &mut Frames, packets: &mut [Packet]) {
-        let Some(slots) = self.nat else { return };
+    pub(super) fn translate(
+        &mut self,
+        slots: &Slots,
+        inbound: &mut Frames,
+        packets: &mut [Packet],
+    ) {
+        for (frame, packet) in inbound.iter_mut().zip(&mut *packets) {
+            if packet.next == Next::Select {
+                self.classify_nat(slots, frame, packet);
+            }
+        }
         for packet in &*packets {
             if packet.next == Next::Translate {
                 slots.prefetch_found(packet.hash);
