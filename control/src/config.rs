@@ -535,6 +535,7 @@ impl Config {
         let node = settings::node(&written.node, report);
         let api = settings::api(&written.api, report);
         let dataplane = settings::dataplane(&written.dataplane, report);
+        settings::local_link_copies(&written.node, &written.dataplane, report);
         let connections = settings::connections(&written.connections, report);
         let nat = settings::nat(&written.nat, report);
         let maglev = settings::maglev(&written.maglev, report);

@@ -439,6 +439,14 @@ impl Daemon {
         let vteps = vteps(&next, if self.local_link.is_some() { &self.addresses } else { &[] });
         let outcome = self.go_over(next, &vteps).await;
         if outcome.is_ok() {
+            let first_overlay = self.wanted.overlays.is_empty() && !wanted.overlays.is_empty();
+            let automatic = self.config.node.local_link == config::LocalLink::Auto;
+            if first_overlay && automatic && self.local_link.is_none() {
+                warn!(
+                    "clients and backends on this node itself are not served: there was no overlay when \
+                     the process started, restart (node.local_link)"
+                );
+            }
             (self.wanted, self.vteps) = (wanted, vteps);
             self.check();
             self.teach();
@@ -582,6 +590,9 @@ impl Daemon {
             }
         };
         self.missing = None;
+        if let Some(link) = &mut self.local_link {
+            link.look_after().await;
+        }
         let interfaces = interfaces(&links, self.local_link.as_ref());
         if let Some(name) = replaced(&self.interfaces, &interfaces) {
             return Err(RunError::LinkReplaced(name.to_owned()));
@@ -763,13 +774,23 @@ fn replaced<'a>(before: &'a [Interface], now: &[Interface]) -> Option<&'a str> {
     both.find(|(before, now)| before.index != now.index).map(|(before, _)| before.name.as_str())
 }
 
-/// The local link, if there is to be one. With it, workers share fewer kinds of sockets: veth has no
-/// zero-copy.
+/// Whether workers may have sockets on a veth.
+fn may_copy(config: &Config) -> bool {
+    let may = config.dataplane.copy_mode != config::CopyMode::ZeroCopy;
+    if !may {
+        warn!(
+            "copy_mode is \"zero-copy\": clients and backends on this node itself are not served"
+        );
+    }
+    may
+}
+
+/// The local link, if there is to be one.
 async fn local_link(config: &Config, queues: &[Queues]) -> Result<Option<LocalLink>, RunError> {
     let wanted = match config.node.local_link {
         config::LocalLink::Never => false,
         config::LocalLink::Always => true,
-        config::LocalLink::Auto => !config.desired.overlays.is_empty(),
+        config::LocalLink::Auto => !config.desired.overlays.is_empty() && may_copy(config),
     };
     if !wanted {
         return Ok(None);

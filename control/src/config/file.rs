@@ -45,7 +45,7 @@ pub struct Node {
     pub cores: Key<AutoOr<Vec<i64>>>,
     pub answer_arp: Option<bool>,
     pub announce_table: Key<i64>,
-    pub local_link: Option<LocalLink>,
+    pub local_link: Key<LocalLink>,
 }
 
 /// `[api]`

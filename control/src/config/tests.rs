@@ -842,6 +842,11 @@ fn what_contradicts_itself_is_refused_where_it_does() {
              another port or VIP, for `web` has this one",
         ),
         (
+            "[node]\nlocal_link = 'always'\n[dataplane]\ncopy_mode = 'zero-copy'\n".to_owned(),
+            "2:14: there is no `local_link` without copying, and `copy_mode` is \"zero-copy\": \
+             \"never\", or another `copy_mode`",
+        ),
+        (
             format!("{GOOD}{BACKEND}"),
             "20:8: two backends of the service are named `web-1`: choose another name",
         ),

@@ -17,7 +17,7 @@ use rtnetlink::{
     packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkMessage, LinkXdp, XdpAttached},
 };
 use tokio::time::{self, Instant};
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use super::Namespace;
 use crate::{causes, link, plan::Interface, workers::Queues};
@@ -79,6 +79,8 @@ pub struct LocalLink {
     namespace: Option<Namespace>,
     queues: u32,
     mtu: u32,
+    /// Whether it is not there any more.
+    lost: bool,
 }
 
 impl LocalLink {
@@ -103,7 +105,7 @@ impl LocalLink {
         };
         let mtu = (frame_size - HEADROOM as u32 - LARGEST_HEADER).min(LARGEST_MTU);
         // From here on dropped if anything fails.
-        let made = Self { namespace, queues, mtu };
+        let made = Self { namespace, queues, mtu, lost: false };
         time::timeout(TIMEOUT, made.build(&handle)).await??;
         Ok(made)
     }
@@ -146,6 +148,23 @@ impl LocalLink {
             .mtu(self.mtu)
             .append_extra_attribute(LinkAttribute::NumTxQueues(self.queues))
             .append_extra_attribute(LinkAttribute::NumRxQueues(self.queues))
+    }
+
+    /// Says so if somebody has removed it. It takes the workers' sockets with it, and what others send is
+    /// worth more than to start anew for it.
+    pub async fn look_after(&mut self) {
+        let look = async { Ok(find(&link::connect()?, NODE_INTERFACE).await?.is_some()) };
+        let there: Result<bool, LocalLinkError> =
+            time::timeout(TIMEOUT, look).await.unwrap_or_else(|late| Err(late.into()));
+        // What can't be known has not changed.
+        let lost = !there.unwrap_or(!self.lost);
+        if lost && !self.lost {
+            error!(
+                "{NODE_INTERFACE} was removed: clients and backends on this node itself are not served \
+                 until a restart"
+            );
+        }
+        self.lost = lost;
     }
 
     /// The workers' end, as plans see it. It has no number, which would mean another interface here.

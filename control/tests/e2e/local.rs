@@ -80,17 +80,30 @@ fn the_local_link_is_gone_when_the_daemon_is_even_by_kill_9() {
 
 #[test]
 fn without_the_privilege_the_local_link_is_removed_by_the_next_life() {
-    let lab = local_lab();
+    let (lab, _echo) = publishing_lab();
     let daemon = Daemon::start_by(&lab, "n1", &WITHOUT_SYS_ADMIN);
-    assert_eq!(local_ports(&daemon), 1);
     assert!(daemon.log().contains("no CAP_SYS_ADMIN"), "{}", daemon.log());
+    assert!(links(&lab).iter().any(|name| name == "wiremesh1"));
+    wait_until("localhost answers", 10, || answers(&lab, "n1", "http://localhost:8080"));
+    download(&lab, "n1", "http://localhost:8080");
     daemon.kill_9();
     assert!(has_link(&lab), "nobody else removes it");
 
     let daemon = Daemon::start_by(&lab, "n1", &WITHOUT_SYS_ADMIN);
-    assert_eq!(local_ports(&daemon), 1);
+    wait_until("localhost answers", 10, || answers(&lab, "n1", "http://localhost:8080"));
     daemon.terminate();
     assert!(!has_link(&lab));
+}
+
+#[test]
+fn a_local_link_that_somebody_removes_is_told_and_clients_elsewhere_are_served() {
+    let (lab, _echo) = publishing_lab();
+    let daemon = Daemon::start(&lab, "n1");
+    wait_until("others are served", 10, || answers(&lab, "client", "http://10.77.0.11:8080"));
+    lab.succeed("n1", &["ip", "link", "del", "wiremesh0"]);
+    wait_until("it is told", 5, || daemon.log().contains("wiremesh0 was removed"));
+    assert!(!answers(&lab, "n1", "http://localhost:8080"));
+    download(&lab, "client", "http://10.77.0.11:8080");
 }
 
 #[test]
@@ -162,6 +175,12 @@ fn publishing_lab() -> (Lab, Background) {
     let echo = join(&lab, "b1", "10.77.0.10");
     publish(&lab, ON_B1);
     (lab, echo)
+}
+
+/// Whether there is an answer on a host.
+fn answers(lab: &Lab, host: &str, url: &str) -> bool {
+    let ask = ["curl", "-sSf", "--max-time", "2", "-o", "/dev/null", url];
+    lab.run(host, &ask).status.success()
 }
 
 /// Downloads 10 MB on a host, which have to arrive as they left.
@@ -262,11 +281,8 @@ fn tasks_on_this_very_node_serve_its_own_clients_and_others() {
     let _server = serve_big(&lab, "10.99.1.9");
     publish(&lab, ON_N1);
     let daemon = Daemon::start(&lab, "n1");
-    let answers = |host: &str, url: &str| {
-        lab.run(host, &["curl", "-sSf", "--max-time", "2", "-o", "/dev/null", url]).status.success()
-    };
     for (host, url) in [("client", "http://10.77.0.11:8080"), ("n1", "http://localhost:8080")] {
-        wait_until(&format!("{url} answers on {host}"), 10, || answers(host, url));
+        wait_until(&format!("{url} answers on {host}"), 10, || answers(&lab, host, url));
         download(&lab, host, url);
     }
     assert_eq!(daemon.status()["services"][0]["backends"][0]["state"], "active");
@@ -284,10 +300,6 @@ fn a_port_of_another_program_on_the_node_is_told_and_others_are_served() {
     let daemon = Daemon::start(&lab, "n1");
     wait_until("the port is told", 5, || !daemon.status()["local_refused"]["8080/tcp"].is_null());
     assert!(daemon.log().contains("clients on this node don't reach 8080/tcp"), "{}", daemon.log());
-    wait_until("others are served", 10, || {
-        lab.run("client", &["curl", "-sSf", "--max-time", "1", "http://10.77.0.11:8080"])
-            .status
-            .success()
-    });
+    wait_until("others are served", 10, || answers(&lab, "client", "http://10.77.0.11:8080"));
     assert_eq!(daemon.status()["local_refused"].as_object().unwrap().len(), 1);
 }
