@@ -1,5 +1,7 @@
 //! What is benchmarked: the mixes of packets that a whole turn is timed with, and what is to be reached.
 
+use dataplane::nat::Side;
+
 use crate::{
     packet::{Family, LARGE, SMALL, Transport},
     snapshot::Underlay,
@@ -50,6 +52,8 @@ pub struct Case {
     pub goal: Option<Goal>,
     /// Entries of the connection table.
     pub capacity: usize,
+    /// Whether packets are translated, and which way they go.
+    pub nat: Option<Side>,
 }
 
 /// One million, for tables.
@@ -72,7 +76,8 @@ impl Case {
             Flows::New | Flows::Flood | Flows::Refused => (Transport::TcpSyn, 2 * M),
         };
         let capacity = capacity as usize;
-        Self { name, flows, family, transport, underlay, frame_bytes: SMALL, goal, capacity }
+        let (frame_bytes, nat) = (SMALL, None);
+        Self { name, flows, family, transport, underlay, frame_bytes, goal, capacity, nat }
     }
 
     /// All of them.
@@ -81,6 +86,11 @@ impl Case {
         let ns = |most| Some(Goal::Ns(most));
         let small = Self::new("turn/established/1M", Established(M), ns(30.0));
         let large = Some(Goal::Times(1.2, small.name));
+        // As many as sixteen mesh addresses have ports for.
+        let translated = |name, side| {
+            let goal = Some(Goal::Times(1.5, "turn/established/1M"));
+            Self { nat: Some(side), ..Self::new(name, Established(1_000_000), goal) }
+        };
         vec![
             Self::new("turn/established/1", Established(1), ns(15.0)),
             Self::new("turn/established/64Ki", Established(64 << 10), None),
@@ -94,6 +104,8 @@ impl Case {
             },
             // The service's second VIP, too: TCP has the first.
             Self { transport: Transport::Udp, ..Self::new("turn/udp/1M", Established(M), None) },
+            translated("turn/nat/to-task/1M", Side::Client),
+            translated("turn/nat/to-client/1M", Side::Task),
             Self::new("turn/young/1M", Young(M), None),
             Self::new("turn/new/room", New, ns(80.0)),
             Self::new("turn/new/flood", Flood, None),

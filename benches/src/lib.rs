@@ -3,6 +3,7 @@
 //!
 //! Nothing here is timed but what [`rotation::Rotate::handle`] says is timed.
 
+pub mod answer;
 pub mod attack;
 pub mod case;
 pub mod change;

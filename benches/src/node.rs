@@ -94,7 +94,7 @@ impl Node {
         let table = table.expect("there is memory for a table").admitting(admissions_per_s);
         let connections = table.reader();
         let (pool, _) = rig::pool();
-        let (worker, counters) = rig::worker(table, Vec::new(), publisher.subscribe(), pool);
+        let (worker, counters) = rig::worker(table, Vec::new(), publisher.subscribe(), pool, None);
         let mut node = Self {
             worker,
             counters,

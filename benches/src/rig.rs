@@ -10,6 +10,7 @@ use dataplane::{
     counters::{Counters, Event},
     flow::HashKey,
     forwarding::Forwarding,
+    nat::{self, Side, Slots},
     port::{Frame, Pool, sim::SimPort},
     publish::{Publisher, Subscriber},
     time::Tick,
@@ -17,12 +18,13 @@ use dataplane::{
 };
 
 use crate::{
+    answer::{Answers, Arriving},
     case::{BURSTS, Case, Flows},
     floor::Floor,
     memory::Resident,
-    packet::Packet,
+    packet::{Packet, Transport},
     rotation::{FRAMES, ROTATION, Rotate, chunks},
-    snapshot,
+    snapshot::{self, Backends},
 };
 
 const RING: usize = 2 * ROTATION;
@@ -40,7 +42,7 @@ const ADMISSIONS_PER_S: u32 = 50_000;
 pub struct Rig {
     worker: Worker<SimPort>,
     counters: Arc<Counters>,
-    packet: Packet,
+    arriving: Arriving,
     case: Case,
     random: fastrand::Rng,
     new_flows: u64,
@@ -72,7 +74,16 @@ impl Rig {
     /// # Panics
     /// If there is no memory for them.
     pub fn crew<const WORKERS: usize>(case: &Case) -> [Self; WORKERS] {
-        let snapshot = snapshot::forwarding(case.family, case.underlay);
+        let slots = case.nat.map(|_| {
+            // No other connection is in time: it stands still in many rotations.
+            let timeouts = nat::Timeouts { opening_s: 14_400, ..nat::Timeouts::default() };
+            let slots = Slots::new(nat::MAX_BANKS, timeouts, 1024..=65_535);
+            Arc::new(slots.expect("there is memory for the slots"))
+        });
+        let snapshot = match slots {
+            Some(_) => snapshot::translated(&Backends::new(snapshot::BACKENDS)),
+            None => snapshot::forwarding(case.family, case.underlay),
+        };
         let mut publisher = Publisher::new(Arc::new(snapshot));
         let timeouts = Timeouts { unconfirmed_s: UNCONFIRMED_S, ..Timeouts::default() };
         let tables: [_; WORKERS] = std::array::from_fn(|_| {
@@ -87,17 +98,22 @@ impl Rig {
         let readers: Vec<Reader> = tables.iter().map(|(table, ..)| table.reader()).collect();
         let publisher = Arc::new(publisher);
         let mut own = 0;
+        let packet = |transport| Packet::new(case.family, transport, case.frame_bytes);
+        let first = if case.nat.is_some() { Transport::TcpSyn } else { case.transport };
         tables.map(|(connections, resident, published)| {
             let mut peers = readers.clone();
             peers.remove(own);
             own += 1;
-            let table_bytes = connections.capacity() * ENTRY_BYTES;
+            let table_bytes = match &slots {
+                Some(slots) => slots.bytes(),
+                None => connections.capacity() * ENTRY_BYTES,
+            };
             let (pool, frames) = pool();
-            let (worker, counters) = worker(connections, peers, published, pool);
+            let (worker, counters) = worker(connections, peers, published, pool, slots.clone());
             let mut rig = Self {
                 worker,
                 counters,
-                packet: Packet::new(case.family, case.transport, case.frame_bytes),
+                arriving: Arriving::Packet(packet(first)),
                 case: case.clone(),
                 random: fastrand::Rng::with_seed(1),
                 new_flows: 0,
@@ -111,6 +127,12 @@ impl Rig {
             };
             rig.worker.turn(rig.now); // fills the fill ring
             rig.establish();
+            rig.arriving = match (case.nat, &slots) {
+                (Some(Side::Task), Some(slots)) => {
+                    Arriving::Answers(Answers::new(slots, case.frame_bytes))
+                }
+                _ => Arriving::Packet(packet(case.transport)),
+            };
             rig.fill();
             rig
         })
@@ -128,7 +150,7 @@ impl Rig {
 
     /// The floor of this worker, of the same footprint.
     pub fn floor(&self) -> Floor {
-        Floor::new(self.table_bytes, self.packet.bytes().len())
+        Floor::new(self.table_bytes, self.arriving.bytes().len())
     }
 
     /// Two packets of each flow, far enough apart in time for the second to confirm it, if it is to.
@@ -136,6 +158,7 @@ impl Rig {
         let burst = BURSTS[0] as u64;
         let flows = self.case.established();
         let (packets, apart_ms) = match self.case.flows {
+            _ if self.case.nat.is_some() => (1, 0),
             Flows::Young(_) => (1, 0),
             _ => (2, 1000),
         };
@@ -191,8 +214,8 @@ impl Rig {
 
     /// The network brings a packet of this flow.
     fn deliver(&mut self, flow: u64) {
-        self.packet.set_flow(flow);
-        assert!(self.worker.ports_mut()[0].deliver(self.packet.bytes()), "there is room");
+        self.arriving.set_flow(flow);
+        assert!(self.worker.ports_mut()[0].deliver(self.arriving.bytes()), "there is room");
     }
 
     /// What is timed, under a name that profilers find.
@@ -252,13 +275,16 @@ impl Rig {
 /// Packets of remembered connections, connections remembered, those forgotten for them, and those that were
 /// not remembered because they were too many.
 fn events(counters: &Counters) -> [u64; 4] {
-    [
+    let [hits, replies, others @ ..] = [
         Event::ConnectionHits,
+        Event::NatReplies,
         Event::ConnectionInserts,
         Event::ConnectionEvictions,
         Event::ConnectionNotAdmitted,
     ]
-    .map(|event| counters.events(event))
+    .map(|event| counters.events(event));
+    let [inserts, evictions, refused] = others;
+    [hits + replies, inserts, evictions, refused]
 }
 
 impl Rotate for Rig {
@@ -289,6 +315,7 @@ pub(crate) fn worker(
     peers: Vec<Reader>,
     published: Subscriber<Forwarding>,
     pool: Pool,
+    nat: Option<Arc<Slots>>,
 ) -> (Worker<SimPort>, Arc<Counters>) {
     let counters = Arc::new(Counters::new(snapshot::BACKENDS as usize));
     let worker = Worker::new(Parts {
@@ -303,7 +330,7 @@ pub(crate) fn worker(
         hash_key: HashKey::from_seed("connections"),
         icmp_errors_per_s: 100,
         id: 0,
-        nat: None,
+        nat,
     });
     worker.prepare();
     (worker, counters)

@@ -8,16 +8,46 @@ use std::{
 use dataplane::{
     encap::{Template, Tunnel},
     flow::{Address, HashKey, protocol},
-    forwarding::{Backend, Common, Forwarding, Link, Service, Slot, Vip},
+    forwarding::{Backend, Common, Forwarding, Link, Mesh, Nat, Overlay, Service, Slot, Vip},
     maglev::{Candidate, Maglev, Size},
+    nat::MAX_BANKS,
     schedule::{Schedule, Taker},
-    wire::ethernet::MacAddr,
+    wire::{ethernet::MacAddr, vxlan},
 };
 
 use crate::packet::{self, Family, VIP_PORT, VIP_V4, VIP_V6};
 
 /// Backends of the service.
 pub const BACKENDS: u32 = 100;
+
+/// The network of translated connections.
+pub const VNI: u32 = 100;
+/// This node's end of its tunnels.
+pub const VTEP: [u8; 4] = [10, 77, 0, 1];
+/// The port that tasks listen on.
+pub const TASK_PORT: u16 = 8080;
+/// This node's addresses in it.
+pub const MESH: [[u8; 4]; MAX_BANKS] = {
+    let mut mesh = [[10, 0, 0, 1]; MAX_BANKS];
+    let mut at = 0;
+    while at < MAX_BANKS {
+        mesh[at][3] += at as u8;
+        at += 1;
+    }
+    mesh
+};
+
+/// Where a backend's tunnel ends.
+pub fn vtep_v4(slot: Slot) -> [u8; 4] {
+    let [_, _, high, low] = slot.to_be_bytes();
+    [10, 77, 1 + high, low]
+}
+
+/// A task's address.
+pub fn task_v4(slot: Slot) -> [u8; 4] {
+    let [_, _, high, low] = slot.to_be_bytes();
+    [10, 0, 1 + high, low]
+}
 
 /// What lies between us and the backends.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -81,7 +111,7 @@ impl Backends {
 pub fn template(slot: u32, inner: Family, underlay: Underlay) -> Template {
     let [_, _, high, low] = slot.to_be_bytes();
     let ends: [IpAddr; 2] = match underlay.family {
-        Family::V4 => [[10, 77, 0, 1], [10, 77, 1 + high, low]].map(|ip| Ipv4Addr::from(ip).into()),
+        Family::V4 => [VTEP, vtep_v4(slot)].map(|ip| Ipv4Addr::from(ip).into()),
         Family::V6 => [1, 0x100 + slot as u16]
             .map(|last| Ipv6Addr::new(0x2001, 0xdb8, 0x77, 0, 0, 0, 0, last).into()),
     };
@@ -165,6 +195,29 @@ pub fn among(others: u32, inner: Family, underlay: Underlay) -> Forwarding {
 /// Never: its VIPs are distinct and its backends few.
 pub fn forwarding_to(backends: &Backends, inner: Family, underlay: Underlay) -> Forwarding {
     scheduled(backends, |_| Schedule::Maglev, inner, underlay)
+}
+
+/// The same, translated.
+///
+/// # Panics
+/// Never, likewise.
+pub fn translated(backends: &Backends) -> Forwarding {
+    let plain = |_: &[Taker]| Schedule::Maglev;
+    let (mut common, mut services, slots) = parts(backends, plain, Family::V4, Underlay::V4);
+    let mesh = |(bank, address): (u16, &[u8; 4])| Mesh { bank, address: Address::v4(*address) };
+    common.overlays = vec![Overlay {
+        vni: VNI,
+        udp_port: vxlan::PORT,
+        mac: MacAddr([2, 0, 0, 0, 0, 2]),
+        mtu: 1450,
+        mesh: (0..).zip(&MESH).map(mesh).collect(),
+    }];
+    common.tasks = (0..slots.len() as Slot).map(|slot| Address::v4(task_v4(slot))).collect();
+    for service in &mut services {
+        let targets = vec![TASK_PORT; service.vips.len()];
+        service.nat = Some(Arc::new(Nat { overlay: 0, targets, allow: Vec::new() }));
+    }
+    Forwarding::new(common, services, slots).expect("the snapshot is sound")
 }
 
 /// The same with another way to place new flows.

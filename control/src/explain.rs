@@ -13,7 +13,7 @@ use dataplane::{
     flow::{Address, Flow, FlowKey, HashKey, Kind, protocol, tcp_flags},
     forwarding::{Forwarding, Slot},
     memory::AllocationError,
-    nat::Slots,
+    nat::{Slots, ToTask},
     schedule::{self, Scheduler},
     select::{self, Context},
     time::Tick,
@@ -264,15 +264,14 @@ pub fn running(
 
 /// What a connection's slot says, if it has one.
 fn translated(slots: &Slots, hash: u64, key: &FlowKey, view: &View) -> Option<Translated> {
-    let (id, _) = slots.find(hash, key)?;
-    let (state, connection) = slots.connection(id)?;
-    let known = view.forwarding.backend(connection.backend).is_some();
+    let ToTask { id, state, backend, mesh, task, task_port, .. } = slots.find(None, hash, key)?;
+    let known = view.forwarding.backend(backend).is_some();
     let placed = view.desired.backends().zip(view.placements.iter());
-    let mut its = placed.filter(|(_, at)| known && at.slot == connection.backend);
+    let mut its = placed.filter(|(_, at)| known && at.slot == backend);
     let socket = |address: Address, port| SocketAddr::new(address.into(), port).to_string();
     Some(Translated {
-        mesh: socket(connection.mesh, id.port()),
-        target: socket(connection.task, connection.task_port),
+        mesh: socket(mesh, id.port()),
+        target: socket(task, task_port),
         backend: its.next().map(|((_, backend), _)| backend.name.clone()).unwrap_or_default(),
         state: state.label().to_owned(),
     })

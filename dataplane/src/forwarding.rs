@@ -218,7 +218,7 @@ impl Forwarding {
         if backends.len() > MAX_BACKENDS {
             return Err(ForwardingError::TooManyBackends(backends.len()));
         }
-        let vips = VipTable::new(&services)?;
+        let vips = VipTable::new(&services, &common.overlays)?;
         let place = |backend: Backend| {
             let service = services.get(backend.service as usize);
             // No packet is for protocol 0.
@@ -288,6 +288,13 @@ impl Forwarding {
         &self.overlays
     }
 
+    /// The overlay and the bank that an address of ours in a network of tunnels has.
+    #[inline]
+    pub fn mesh_at(&self, vni: u32, address: Address) -> Option<(u32, u16)> {
+        let found = self.vips.find(address, VipEntry::MESH | vni)?;
+        Some((found >> 16, found as u16))
+    }
+
     /// Whether tunnels of ours end at this UDP port.
     #[inline]
     pub fn is_tunnel_port(&self, port: u16) -> bool {
@@ -328,16 +335,15 @@ struct VipEntry {
 impl VipEntry {
     /// No port and protocol are so large.
     const EMPTY: u32 = u32::MAX;
-
-    #[inline]
-    fn is(&self, vip: &Vip) -> bool {
-        self.ports == vip.ports() && self.address == vip.address
-    }
+    /// Nor with this bit, which an entry has that is an address of ours in an overlay: the network's
+    /// identifier takes the place of port and protocol, and overlay and bank that of the service.
+    const MESH: u32 = 1 << 31;
 }
 
 impl VipTable {
-    fn new(services: &[Service]) -> Result<Self, ForwardingError> {
+    fn new(services: &[Service], overlays: &[Overlay]) -> Result<Self, ForwardingError> {
         let count: usize = services.iter().map(|service| 2 * service.vips.len()).sum();
+        let count = count + overlays.iter().map(|overlay| overlay.mesh.len()).sum::<usize>();
         let capacity = (2 * count).next_power_of_two().max(2);
         let shift = 64 - capacity.trailing_zeros();
         let empty = VipEntry { address: Address(0), ports: VipEntry::EMPTY, service: 0 };
@@ -347,11 +353,17 @@ impl VipTable {
                 if table.get(vip).is_some() {
                     return Err(ForwardingError::DuplicateVip(*vip));
                 }
-                table.insert(vip, index as u32);
+                table.insert(vip.address, vip.ports(), index as u32);
                 let address = address_entry(vip.address);
                 if table.get(&address).is_none() {
-                    table.insert(&address, index as u32);
+                    table.insert(address.address, address.ports(), index as u32);
                 }
+            }
+        }
+        for (index, overlay) in (0_u32..).zip(overlays) {
+            for mesh in &overlay.mesh {
+                let place = index << 16 | u32::from(mesh.bank);
+                table.insert(mesh.address, VipEntry::MESH | overlay.vni, place);
             }
         }
         Ok(table)
@@ -359,30 +371,33 @@ impl VipTable {
 
     /// Only operators choose VIPs, so the hash needs no key; it only has to be quick.
     #[inline(always)]
-    fn home(&self, vip: &Vip) -> usize {
-        let address = vip.address.0;
-        let ports = u64::from(vip.ports());
-        let folded = (address >> 64) as u64 ^ address as u64 ^ ports << 40;
+    fn home(&self, Address(address): Address, ports: u32) -> usize {
+        let folded = (address >> 64) as u64 ^ address as u64 ^ u64::from(ports) << 40;
         (folded.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> self.shift) as usize
     }
 
-    fn insert(&mut self, vip: &Vip, service: u32) {
+    fn insert(&mut self, address: Address, ports: u32, service: u32) {
         let mask = self.entries.len() - 1;
-        let mut at = self.home(vip);
+        let mut at = self.home(address, ports);
         while self.entries[at].ports != VipEntry::EMPTY {
             at = (at + 1) & mask;
         }
-        self.entries[at] = VipEntry { address: vip.address, ports: vip.ports(), service };
+        self.entries[at] = VipEntry { address, ports, service };
     }
 
     #[inline]
     fn get(&self, vip: &Vip) -> Option<u32> {
+        self.find(vip.address, vip.ports())
+    }
+
+    #[inline(always)]
+    fn find(&self, address: Address, ports: u32) -> Option<u32> {
         let mask = self.entries.len() - 1;
-        let mut at = self.home(vip);
+        let mut at = self.home(address, ports);
         // Ends: the table is at most half full.
         loop {
             let entry = &self.entries[at & mask];
-            if entry.is(vip) {
+            if entry.ports == ports && entry.address == address {
                 return Some(entry.service);
             }
             if entry.ports == VipEntry::EMPTY {

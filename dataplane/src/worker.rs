@@ -264,8 +264,8 @@ enum Next {
     Select,
     /// Wrap it for the backend in this slot.
     Tunnel(Slot),
-    /// Translate it for its task.
-    Translate,
+    /// Translate it for a task of this service; it most probably has this slot.
+    Translate(u32, Option<Id>),
     /// Translate it for the client that has this slot.
     Return(Id),
     /// It is translated: wrap it for the backend in this slot.
@@ -476,7 +476,7 @@ impl<'a> Burst<'a> {
                 Next::Refuse(reason) => self.refuse(frame, packet, reason),
                 Next::Select
                 | Next::Tunnel(_)
-                | Next::Translate
+                | Next::Translate(..)
                 | Next::Return(_)
                 | Next::Wrap(_) => self.discard(frame, DropReason::NoBackend),
             }

@@ -9,8 +9,8 @@
 //! written, so its state, which carries a generation, is read before and after (a seqlock of atomics; Boehm,
 //! "Can seqlocks get along with programming language memory models?", MSPC 2012).
 //!
-//! A client's packet finds its slot by an index of the flow's hash: two candidate buckets of a cache line
-//! each, at most half full in all. The first packets of one flow may come to two workers at the same moment
+//! A client's packet finds its slot by an index of the flow's hash: two candidate buckets, all a quarter full at
+//! most. The first packets of one flow may come to two workers at the same moment
 //! only if the network card moves flows between queues; then each makes a slot, all later packets use the
 //! one that is found first, and the other runs out.
 
@@ -37,8 +37,8 @@ const WORD: usize = 64;
 /// Words of `taken` for a bank.
 const BANK_WORDS: usize = BANK.div_ceil(WORD);
 
-/// Entries of an index bucket: what fits a cache line.
-const LANES: usize = if cfg!(loom) { 2 } else { 16 };
+/// Entries of an index bucket: half a cache line, for all are compared.
+const LANES: usize = if cfg!(loom) { 2 } else { 8 };
 /// Bits of an index entry that say which slot.
 const ID_BITS: u32 = 20;
 const ID_MASK: u32 = (1 << ID_BITS) - 1;
@@ -315,9 +315,9 @@ fn ports(key: &FlowKey, task_port: u16) -> u64 {
         | u64::from(task_port)
 }
 
-/// Interface and MAC address in one word.
+/// Interface and MAC address of a way in one word.
 #[inline(always)]
-fn station(way: &Way) -> u64 {
+pub fn station(way: &Way) -> u64 {
     let [a, b, c, d, e, f] = way.mac.0;
     u64::from_be_bytes([0, way.link, a, b, c, d, e, f])
 }
@@ -435,17 +435,25 @@ impl Record {
     }
 }
 
-/// What a client's packet becomes.
+/// The slot that a client's packet has, and what the packet becomes.
 #[derive(Clone, Copy, Debug)]
 pub struct ToTask {
+    /// The slot.
+    pub id: Id,
+    /// What it was found in.
+    pub state: State,
+    /// Who serves the connection.
+    pub backend: forwarding::Slot,
     /// Its new source.
     pub mesh: Address,
     /// Its new destination.
     pub task: Address,
-    /// The ports, source first.
-    pub ports: [u16; 2],
+    /// The task's port.
+    pub task_port: u16,
     /// What changes in its checksums.
     pub sums: Sums,
+    /// Where answers go: interface and MAC address, as [`station`] gives them.
+    pub station: u64,
 }
 
 /// What a task's packet becomes.
@@ -461,10 +469,10 @@ pub struct ToClient {
     pub way: Way,
 }
 
-/// Sixteen index entries in one cache line: bits of the hash, and the slot. 0: none.
+/// Index entries: bits of the hash, and the slot. 0: none.
 #[derive(Debug, Default)]
 #[cfg_attr(not(loom), derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::KnownLayout))]
-#[repr(C, align(64))]
+#[repr(C, align(32))]
 struct Bucket([AtomicU32; LANES]);
 
 /// A word of `taken`.
@@ -501,13 +509,18 @@ impl Slots {
         let slots = banks.clamp(1, MAX_BANKS).next_power_of_two() * BANK;
         let (taken, _) = memory::zeroed(slots.div_ceil(WORD))?;
         let (records, _) = memory::zeroed(slots)?;
-        let (index, _) = memory::zeroed((2 * slots / LANES).max(2))?;
+        let (index, _) = memory::zeroed((4 * slots / LANES).max(2))?;
         Ok(Self { taken, records, index, timeouts, ports })
     }
 
     /// Mesh addresses that there are slots for.
     pub fn banks(&self) -> usize {
         self.records.len() / BANK
+    }
+
+    /// Memory that packets may read at any place, in bytes.
+    pub fn bytes(&self) -> usize {
+        size_of_val(self.records) + size_of_val(self.index)
     }
 
     /// Slots that can be in use at once, of one mesh address.
@@ -587,12 +600,10 @@ impl Slots {
         prefetch(&self.index[self.buckets(hash)[0]]);
     }
 
-    /// Begins to fetch the slot that a flow with this hash most probably has.
+    /// The slot that a flow with this hash most probably has.
     #[inline]
-    pub fn prefetch_found(&self, hash: u64) {
-        if let Some(id) = self.candidates(hash).next() {
-            self.prefetch_slot(id);
-        }
+    pub fn likely(&self, hash: u64) -> Option<Id> {
+        self.candidates(hash).next()
     }
 
     /// Begins to fetch a slot.
@@ -621,43 +632,51 @@ impl Slots {
         })
     }
 
-    /// The slot that a client's packets have.
+    /// The slot that a client's packets have, and what they become. `likely` is looked at first.
     #[inline]
-    pub fn find(&self, hash: u64, key: &FlowKey) -> Option<(Id, State)> {
-        self.candidates(hash).find_map(|id| {
-            let record = self.record(id)?;
-            let state = record.read(|state| record.is_of(key).then_some(state))?;
-            (!state.has(State::DETACHED)).then_some((id, state))
+    pub fn find(&self, likely: Option<Id>, hash: u64, key: &FlowKey) -> Option<ToTask> {
+        let found = likely.and_then(|id| self.to_task(id, key));
+        // It may also have come to be since it was looked for.
+        found.or_else(|| self.find_any(hash, key))
+    }
+
+    #[inline(never)]
+    fn find_any(&self, hash: u64, key: &FlowKey) -> Option<ToTask> {
+        self.candidates(hash).find_map(|id| self.to_task(id, key))
+    }
+
+    #[inline(always)]
+    fn to_task(&self, id: Id, key: &FlowKey) -> Option<ToTask> {
+        let record = self.record(id)?;
+        record.read(|state| {
+            (record.is_of(key) && !state.has(State::DETACHED)).then(|| ToTask {
+                id,
+                state,
+                backend: record.word(word::BACKEND) as u32,
+                mesh: record.address(word::MESH),
+                task: record.address(word::TASK),
+                task_port: record.word(word::PORTS) as u16,
+                sums: record.sums(),
+                station: record.word(word::STATION),
+            })
         })
+    }
+
+    /// Sends answers another way from now on: the router next to us was replaced.
+    #[cold]
+    pub fn redirect(&self, to: &ToTask, way: &Way) {
+        if let Some(record) = self.record(to.id)
+            && to.state.is_same_life(record.state())
+        {
+            record.set(word::STATION, station(way));
+            record.set(word::TAGS, tags(way));
+        }
     }
 
     /// The backend of a slot, if it still lives the life that `state` is of.
-    #[inline]
     pub fn backend(&self, id: Id, state: State) -> Option<forwarding::Slot> {
         let record = self.record(id)?;
         record.read(|now| state.is_same_life(now).then(|| record.word(word::BACKEND) as u32))
-    }
-
-    /// What a client's packet becomes that came this way. If it is another than before, answers go there from
-    /// now on: the router next to us was replaced.
-    #[inline]
-    pub fn to_task(&self, id: Id, state: State, way: &Way) -> Option<ToTask> {
-        let record = self.record(id)?;
-        record.read(|now| {
-            if !state.is_same_life(now) {
-                return None;
-            }
-            if record.word(word::STATION) != station(way) {
-                record.set(word::STATION, station(way));
-                record.set(word::TAGS, tags(way));
-            }
-            Some(ToTask {
-                mesh: record.address(word::MESH),
-                task: record.address(word::TASK),
-                ports: [id.port(), record.word(word::PORTS) as u16],
-                sums: record.sums(),
-            })
-        })
     }
 
     /// What a task's packet becomes, if `answer`, which runs from the task to the mesh address, is of the
@@ -709,7 +728,7 @@ impl Slots {
         hash: u64,
         now: Tick,
         connection: impl FnOnce(Address) -> Connection,
-    ) -> Option<(Id, State)> {
+    ) -> Option<ToTask> {
         // From anywhere, lest the ports of one address be used up before the next one's begin.
         let (before, from) = mesh.split_at((hash >> 8) as usize % mesh.len().max(1));
         let (id, address) = from
@@ -717,13 +736,14 @@ impl Slots {
             .chain(before)
             .find_map(|mesh| self.take(mesh.bank, hash).map(|id| (id, mesh.address)))?;
         let record = self.record(id)?;
-        record.begin(&connection(address), id.port(), hash, now);
+        let connection = connection(address);
+        record.begin(&connection, id.port(), hash, now);
         let state = record.state();
         if !self.enter(id, hash) {
             self.close(id, state);
             return None;
         }
-        Some((id, state))
+        self.to_task(id, &connection.key)
     }
 
     /// Takes any free slot of a bank.
@@ -936,7 +956,7 @@ mod tests {
             let slots = Slots::new(1, Timeouts::default(), ports.clone()).unwrap();
             let mut used = Vec::new();
             let mut hash = 1_u64;
-            while let Some((id, _)) =
+            while let Some(ToTask { id, .. }) =
                 slots.open(&[MESH], hash, Tick(0), |_| connection(hash as u16))
             {
                 hash = hash.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(1);
@@ -955,19 +975,17 @@ mod tests {
     fn a_slot_that_was_given_away_does_not_answer_to_its_former_state() {
         let slots = Slots::new(1, Timeouts::default(), 1024..=1024).unwrap();
         let open = |number| slots.open(&[MESH], 7, Tick(0), |_| connection(number));
-        let (id, state) = open(1).unwrap();
+        let ToTask { id, state, .. } = open(1).unwrap();
         assert!(open(2).is_none());
         slots.close(id, state);
-        let (same, _) = open(2).unwrap();
-        assert_eq!(same, id);
-        let way = Way::default();
-        assert!(slots.to_task(id, state, &way).is_none() && slots.backend(id, state).is_none());
+        assert_eq!(open(2).unwrap().id, id);
+        assert!(slots.backend(id, state).is_none());
         slots.close(id, state);
         slots.detach(id, state);
         slots.touch(id, state, Side::Client, tcp_flags::RST, Tick(0));
         let (now, connection) = slots.connection(id).unwrap();
         assert!(!now.is_closed() && connection.key.src_port == 2);
-        assert!(slots.find(7, &connection.key).is_some());
+        assert!(slots.find(slots.likely(7), 7, &connection.key).is_some());
     }
 
     #[test]
@@ -976,9 +994,10 @@ mod tests {
         let mesh = [0, 1, 2].map(|bank| Mesh { bank, address: Address(bank.into()) });
         for number in 0..300_u16 {
             let hash = u64::from(number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-            let (id, state) =
+            let opened =
                 slots.open(&mesh, hash, Tick(0), |_| connection(number)).expect("there is room");
-            assert_eq!(slots.find(hash, &connection(number).key), Some((id, state)));
+            let found = slots.find(slots.likely(hash), hash, &connection(number).key).unwrap();
+            assert_eq!((found.id, found.state), (opened.id, opened.state));
         }
         assert_eq!([0, 1, 2, 3].map(|bank| slots.used(bank)), [100, 100, 100, 0]);
         assert!(slots.open(&mesh, 1, Tick(0), |_| connection(1)).is_none());
@@ -1019,7 +1038,8 @@ mod loom_tests {
     }
 
     fn open(slots: &Slots, number: u16) -> Option<(Id, State)> {
-        slots.open(&[MESH], 0, Tick(0), |_| connection(number))
+        let opened = slots.open(&[MESH], 0, Tick(0), |_| connection(number))?;
+        Some((opened.id, opened.state))
     }
 
     fn explore(model: impl Fn() + Sync + Send + 'static) {
@@ -1041,24 +1061,16 @@ mod loom_tests {
                     assert!(open(&slots, 2).is_some());
                 })
             };
-            for number in [1, 2] {
-                let Connection { key, task, task_port, mesh, .. } = connection(number);
-                let answer = FlowKey {
-                    src: task,
-                    dst: mesh,
-                    src_port: task_port,
-                    dst_port: id.port(),
-                    ..key
-                };
-                if let Some((_, to)) = slots.to_client(id, &answer) {
-                    assert_eq!((to.key, to.backend), (key, number.into()));
-                    assert_eq!(to.way.link, number as u8);
-                }
-                if let Some((found, state)) = slots.find(0, &key)
-                    && let Some(backend) = slots.backend(found, state)
-                {
-                    assert_eq!(backend, u32::from(number));
-                }
+            // Any two words stand for all: each way that loads can go is tried.
+            let record = slots.record(id).unwrap();
+            let seen =
+                record.read(|_| Some([word::PORTS, word::BACKEND].map(|at| record.word(at))));
+            if let Some([ports, backend]) = seen {
+                assert!((1..=2).contains(&backend), "{backend}");
+                assert_eq!(ports & !FLOW_PORTS, backend);
+            }
+            if let Some(backend) = slots.backend(id, state) {
+                assert_eq!(backend, 1, "the life that was asked for");
             }
             writer.join().unwrap();
         });

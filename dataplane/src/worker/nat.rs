@@ -7,23 +7,15 @@ use super::{Burst, Next, Packet, can_be_answered};
 use crate::{
     counters::{DropReason, Event},
     encap,
-    flow::{FlowKey, Kind, protocol, tcp_flags},
-    forwarding::{self, Backend, Service, Slot},
+    flow::{Flow, FlowKey, Kind, protocol, tcp_flags},
+    forwarding::{self, Backend, Service},
     fragment,
-    nat::{Connection, Id, Side, Slots, State, translate},
+    nat::{Connection, Id, Side, Slots, State, ToTask, translate},
     parse,
     port::{Frame, Frames, Pool},
     reply, select,
     wire::{udp, vxlan},
 };
-
-/// A slot that is good for a packet.
-struct Placed<'a> {
-    id: Id,
-    state: State,
-    slot: Slot,
-    backend: &'a Backend,
-}
 
 impl<'a> Burst<'a> {
     /// Says what is next for a packet that a backend would be selected for, if it is NAT's.
@@ -37,14 +29,14 @@ impl<'a> Burst<'a> {
                 Ok(next) => next,
                 Err(reason) => Next::Drop(reason),
             };
-        } else if self.nat_service(&flow.key).is_some() {
+        } else if let Some((service, ..)) = self.nat_service(&flow.key) {
             slots.prefetch(*hash);
-            *next = Next::Translate;
+            *next = Next::Translate(service, None);
         }
     }
 
     /// The service of a client's packet, if it is translated, and its number.
-    #[inline]
+    #[inline(always)]
     fn nat_service(&mut self, key: &FlowKey) -> Option<(u32, &'a Service, &'a forwarding::Nat)> {
         let index = self.context.service_at(self.forwarding, select::vip_of(key))?;
         let service = self.forwarding.service(index)?;
@@ -59,44 +51,57 @@ impl<'a> Burst<'a> {
         packet: &mut Packet,
     ) -> Result<Next, DropReason> {
         let flow = &packet.flow;
-        let udp_port = flow.key.dst_port;
         frame.set_len(usize::from(flow.ip_offset) + usize::from(flow.ip_len)); // less padding
         let at = usize::from(flow.l4_offset) + udp::LEN;
         let rest = frame.packet().get(at..).ok_or(DropReason::Truncated)?;
         let (header, _) =
             vxlan::Header::ref_from_prefix(rest).map_err(|_| DropReason::Truncated)?;
-        let (has_vni, vni) = (header.flags & vxlan::VALID_VNI != 0, header.vni());
-        let mut overlays = self.forwarding.overlays().iter();
-        let overlay = overlays
-            .find(|overlay| has_vni && overlay.vni == vni && overlay.udp_port == udp_port)
-            .ok_or(DropReason::NatUnmatched)?;
-        let outer = *flow;
-        packet.outer = outer.key.src;
-        let outer_len = at + vxlan::LEN;
+        if header.flags & vxlan::VALID_VNI == 0 {
+            return Err(DropReason::NatUnmatched);
+        }
+        let (vni, outer_len) = (header.vni(), at + vxlan::LEN);
+        packet.outer = flow.key.src;
         frame.shrink_front(outer_len);
-        packet.flow = parse::flow(frame.packet())?;
+        if !parse::plain_ipv4(frame.packet(), &mut packet.flow) {
+            parse::any(frame.packet(), &mut packet.flow)?;
+        }
         let flow = &packet.flow;
-        let mut mesh = overlay.mesh.iter();
-        let mesh =
-            mesh.find(|mesh| mesh.address == flow.key.dst).ok_or(DropReason::NatUnmatched)?;
+        let mesh = self.forwarding.mesh_at(vni, flow.key.dst);
+        let (overlay, bank) = mesh.ok_or(DropReason::NatUnmatched)?;
         match flow.kind {
             Kind::Packet | Kind::IcmpError if translate::is_translatable(flow) => {
-                let id = Id::new(mesh.bank, flow.key.dst_port);
+                let id = Id::new(bank, flow.key.dst_port);
                 slots.prefetch_slot(id);
                 Ok(Next::Return(id))
             }
             Kind::Arp | Kind::NeighbourSolicitation => {
-                match flow.kind {
-                    Kind::Arp => reply::arp(frame, flow, overlay.mac)?,
-                    _ => reply::neighbour(frame, flow, overlay.mac)?,
-                }
-                frame.grow_front(outer_len).ok_or(DropReason::NoHeadroom)?;
-                reply::tunnel(frame, &outer, self.link.mac);
-                self.context.counters.count(Event::NeighbourReplies, 1);
-                Ok(Next::Send(self.ingress))
+                self.answer_in_tunnel(frame, flow, overlay, outer_len)
             }
             _ => Err(DropReason::NatUnmatched),
         }
+    }
+
+    /// Answers who asks in a tunnel for our address there.
+    #[cold]
+    fn answer_in_tunnel(
+        &self,
+        frame: &mut Frame,
+        question: &Flow,
+        overlay: u32,
+        outer_len: usize,
+    ) -> Result<Next, DropReason> {
+        let overlay = self.forwarding.overlays().get(overlay as usize);
+        let own = overlay.ok_or(DropReason::NatUnmatched)?.mac;
+        match question.kind {
+            Kind::Arp => reply::arp(frame, question, own)?,
+            _ => reply::neighbour(frame, question, own)?,
+        }
+        frame.grow_front(outer_len).ok_or(DropReason::NoHeadroom)?;
+        // The answer may be longer than what the tunnel's headers say, but not shorter.
+        let outer = parse::flow(frame.packet())?;
+        reply::tunnel(frame, &outer, self.link.mac);
+        self.context.counters.count(Event::NeighbourReplies, 1);
+        Ok(Next::Send(self.ingress))
     }
 
     /// Takes what is NAT's out of its tunnel, and translates what has a slot or gets one.
@@ -112,14 +117,17 @@ impl<'a> Burst<'a> {
                 self.classify_nat(slots, frame, packet);
             }
         }
-        for packet in &*packets {
-            if packet.next == Next::Translate {
-                slots.prefetch_found(packet.hash);
+        for packet in &mut *packets {
+            if let Next::Translate(_, likely) = &mut packet.next {
+                *likely = slots.likely(packet.hash);
+                likely.iter().for_each(|id| slots.prefetch_slot(*id));
             }
         }
         for (frame, packet) in inbound.iter_mut().zip(packets) {
             let next = match packet.next {
-                Next::Translate => self.to_task(slots, frame, packet),
+                Next::Translate(service, likely) => {
+                    self.to_task(slots, frame, packet, (service, likely))
+                }
                 Next::Return(id) => self.to_client(slots, id, frame, packet),
                 _ => continue,
             };
@@ -134,30 +142,37 @@ impl<'a> Burst<'a> {
         slots: &Slots,
         frame: &mut Frame,
         packet: &mut Packet,
+        (service, likely): (u32, Option<Id>),
     ) -> Result<Next, DropReason> {
         let flow = &packet.flow;
         if flow.kind == Kind::IcmpError {
             return self.error_to_task(slots, frame, packet);
         }
         self.complete(frame, packet);
-        let placed = match self.find(slots, packet) {
-            Ok(Some(placed)) => placed,
+        let found = slots.find(likely, packet.hash, &flow.key);
+        let (to, backend) = match self.good_for(slots, packet, service, found) {
+            Ok(Some(good)) => good,
             Ok(None) => self.open(slots, frame, packet)?,
             Err(reason) => return Ok(Next::Refuse(reason)),
         };
-        let Placed { id, state, slot, backend } = placed;
         if flow.ip_len > backend.mtu && !fragment::can_cut(flow, backend.mtu) {
-            return Ok(Next::Shrink(slot));
+            return Ok(Next::Shrink(to.backend));
         }
-        let way = translate::way_of(frame.packet(), flow.ip_offset, self.link_index);
-        let to = slots.to_task(id, state, &way).ok_or(DropReason::NatUnmatched)?;
-        let [port, task_port] = to.ports;
-        translate::packet(frame, flow, (to.mesh, port), (to.task, task_port), to.sums);
+        // The station that sent it, and the interface: answers go there.
+        let station = frame.packet().get(4..).and_then(|rest| rest.first_chunk());
+        let station = u64::from_be_bytes(*station.ok_or(DropReason::Truncated)?) & (!0 >> 16);
+        if to.station != station | u64::from(self.link_index) << 48 {
+            let way = translate::way_of(frame.packet(), flow.ip_offset, self.link_index);
+            slots.redirect(&to, &way);
+        }
+        let (src, dst) = ((to.mesh, to.id.port()), (to.task, to.task_port));
+        translate::packet(frame, flow, src, dst, to.sums);
         if flow.is_syn() {
             translate::clamp_mss(frame, flow, backend.mtu);
         }
-        slots.touch(id, state, Side::Client, flow.tcp_flags, self.context.now());
-        Ok(if flow.ip_len > backend.mtu { Next::Shrink(slot) } else { Next::Wrap(slot) })
+        slots.touch(to.id, to.state, Side::Client, flow.tcp_flags, self.context.now());
+        let fits = flow.ip_len <= backend.mtu;
+        Ok(if fits { Next::Wrap(to.backend) } else { Next::Shrink(to.backend) })
     }
 
     /// Completes a checksum that the sender left to its network card: what is known of it is of the packet as
@@ -170,35 +185,40 @@ impl<'a> Burst<'a> {
         }
     }
 
-    /// The slot of a client's packet. `None` if it begins a new connection; an error if it belongs to none.
+    /// Whether the slot that was found is good for a client's packet, with its backend. `None` if the packet
+    /// begins a new connection; an error if it belongs to none.
     #[inline]
-    fn find(&mut self, slots: &Slots, packet: &Packet) -> Result<Option<Placed<'a>>, DropReason> {
-        let Packet { flow, hash, .. } = packet;
+    fn good_for(
+        &mut self,
+        slots: &Slots,
+        packet: &Packet,
+        service: u32,
+        found: Option<ToTask>,
+    ) -> Result<Option<(ToTask, &'a Backend)>, DropReason> {
+        let flow = &packet.flow;
         let is_datagram = flow.protocol == protocol::UDP;
         let begins = is_datagram || flow.is_syn();
-        let Some((id, state)) = slots.find(*hash, &flow.key) else {
+        let Some(to) = found else {
             return if begins { Ok(None) } else { Err(DropReason::NatNoConnection) };
         };
-        let (index, ..) = self.nat_service(&flow.key).ok_or(DropReason::NoService)?;
-        let serves = |slot: &Slot| Some((*slot, self.forwarding.backend(*slot)?));
-        let alive = slots.backend(id, state).as_ref().and_then(serves);
-        let alive = alive.filter(|(_, backend)| backend.service == index);
-        match alive {
+        let backend = self.forwarding.backend(to.backend);
+        match backend.filter(|backend| backend.service == service) {
             // The client uses its port again: nothing of what was counts.
-            Some(_) if flow.is_syn() && state.is_closed() => {}
+            Some(_) if flow.is_syn() && to.state.is_closed() => {}
             // TCP waits for a task's return and retransmits; datagrams would be lost.
-            Some((_, backend)) if is_datagram && !backend.reachable => {}
-            Some((slot, backend)) => {
+            Some(backend) if is_datagram && !backend.reachable => {}
+            Some(backend) => {
+                backend.template.prefetch();
                 self.context.counters.count(Event::ConnectionHits, 1);
-                return Ok(Some(Placed { id, state, slot, backend }));
+                return Ok(Some((to, backend)));
             }
             None if begins => {}
             None => {
-                slots.reset(id, state, self.context.now());
+                slots.reset(to.id, to.state, self.context.now());
                 return Err(DropReason::NoBackend);
             }
         }
-        slots.detach(id, state);
+        slots.detach(to.id, to.state);
         Ok(None)
     }
 
@@ -209,7 +229,7 @@ impl<'a> Burst<'a> {
         slots: &Slots,
         frame: &Frame,
         packet: &Packet,
-    ) -> Result<Placed<'a>, DropReason> {
+    ) -> Result<(ToTask, &'a Backend), DropReason> {
         let Packet { flow, hash, .. } = packet;
         let key = flow.key;
         let (_, service, nat) = self.nat_service(&key).ok_or(DropReason::NoService)?;
@@ -223,22 +243,22 @@ impl<'a> Burst<'a> {
         let task_port = at.and_then(|at| nat.targets.get(at).copied()).unwrap_or(key.dst_port);
         let way = translate::way_of(frame.packet(), flow.ip_offset, self.link_index);
         let now = self.context.now();
-        let (id, state, slot, backend) =
-            select::place(flow, (self.forwarding, service), &mut self.context, |slot| {
-                let task = self.forwarding.task(slot)?;
-                slots.open(&overlay.mesh, *hash, now, |mesh| Connection {
-                    key,
-                    task,
-                    task_port,
-                    mesh,
-                    backend: slot,
-                    way,
-                })
+        let remember = |slot| {
+            let task = self.forwarding.task(slot)?;
+            slots.open(&overlay.mesh, *hash, now, |mesh| Connection {
+                key,
+                task,
+                task_port,
+                mesh,
+                backend: slot,
+                way,
             })
-            .map(|(slot, backend, (id, state))| (id, state, slot, backend))?;
+        };
+        let placed = (self.forwarding, service);
+        let (_, backend, to) = select::place(flow, placed, &mut self.context, remember)?;
         self.context.counters.count(Event::ConnectionMisses, 1);
         self.context.counters.count(Event::ConnectionInserts, 1);
-        Ok(Placed { id, state, slot, backend })
+        Ok((to, backend))
     }
 
     /// An error about what a client was sent becomes one about what its task has sent.
@@ -250,16 +270,14 @@ impl<'a> Burst<'a> {
         packet: &mut Packet,
     ) -> Result<Next, DropReason> {
         let Packet { flow, hash, .. } = packet;
-        let (id, state) = slots.find(*hash, &flow.key).ok_or(DropReason::IcmpUnmatched)?;
-        let slot = slots.backend(id, state).ok_or(DropReason::IcmpUnmatched)?;
-        let (_, Connection { task, task_port, mesh, way, .. }) =
-            slots.connection(id).ok_or(DropReason::IcmpUnmatched)?;
-        let to = slots.to_task(id, state, &way).ok_or(DropReason::IcmpUnmatched)?;
-        let quoted = ((task, task_port), (mesh, id.port()));
-        translate::icmp_error(frame, flow, (mesh, task), quoted, to.sums)?;
+        let to = slots.find(slots.likely(*hash), *hash, &flow.key);
+        let to = to.ok_or(DropReason::IcmpUnmatched)?;
+        let quoted = ((to.task, to.task_port), (to.mesh, to.id.port()));
+        translate::icmp_error(frame, flow, (to.mesh, to.task), quoted, to.sums)?;
         self.context.counters.count(Event::IcmpErrorsForwarded, 1);
-        let backend = self.forwarding.backend(slot).ok_or(DropReason::NoBackend)?;
-        Ok(if flow.ip_len > backend.mtu { Next::Shrink(slot) } else { Next::Wrap(slot) })
+        let backend = self.forwarding.backend(to.backend).ok_or(DropReason::NoBackend)?;
+        let fits = flow.ip_len <= backend.mtu;
+        Ok(if fits { Next::Wrap(to.backend) } else { Next::Shrink(to.backend) })
     }
 
     /// What a task sent becomes what the VIP says.

@@ -583,6 +583,23 @@ fn a_syn_that_is_said_again_keeps_its_port() {
 }
 
 #[test]
+fn packets_of_one_new_flow_that_come_together_share_its_port() {
+    let mut node = Node::new(&World::new(&[1, 2]));
+    for segment in [udp(client(53), at(VIP)), tcp(client(40_000), at(VIP), SYN)] {
+        let before = node.slots.used(0);
+        for _ in 0..3 {
+            let port = &mut node.workers[0].ports_mut()[0];
+            assert!(port.deliver_at(HEADROOM, &segment.by_client()));
+        }
+        node.turn();
+        let sent: Vec<_> = node.sent().iter().map(|frame| node.unwrap(frame)).collect();
+        assert_eq!(sent.len(), 3);
+        assert!(sent.iter().all(|(slot, got)| (*slot, got.src) == (sent[0].0, sent[0].1.src)));
+        assert_eq!(node.slots.used(0), before + 1);
+    }
+}
+
+#[test]
 fn the_mss_is_lowered_to_what_the_tunnel_carries_both_ways() {
     let mut node = Node::new(&World::new(&[1]));
     for (client, vip, most) in [(client(40_000), at(VIP), 1410), (client6(40_000), at(VIP6), 1390)]
