@@ -8,7 +8,7 @@
 //! What a backend asks later, its neighbour entry having aged, the workers answer.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, hash_map::Entry},
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     time::Duration,
@@ -155,10 +155,11 @@ impl Teaching {
 
     async fn teach(&mut self, lesson: &Lesson) -> io::Result<()> {
         let from = self.end(lesson);
-        if !self.sockets.contains_key(&from) {
-            self.sockets.insert(from, bound(from, lesson.home)?);
-        }
-        self.sockets[&from].send_to(&lesson.packet(), lesson.end).await?;
+        let socket = match self.sockets.entry(from) {
+            Entry::Occupied(there) => there.into_mut(),
+            Entry::Vacant(free) => free.insert(bound(from, lesson.home)?),
+        };
+        socket.send_to(&lesson.packet(), lesson.end).await?;
         Ok(())
     }
 
