@@ -76,6 +76,8 @@ pub struct Node {
     pub answer_arp: bool,
     /// The kernel's routing table that has a route for each VIP to announce. `None`: nothing is announced.
     pub announce_table: Option<u32>,
+    /// Whether there is a link for this node's own clients and tasks.
+    pub local_link: LocalLink,
 }
 
 /// `[api]`
@@ -230,6 +232,18 @@ pub enum HugePages {
     Require,
 }
 
+/// Whether there is a link of our own for this node's clients and tasks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LocalLink {
+    /// If there is anything that needs it when the process starts.
+    Auto,
+    /// No.
+    Never,
+    /// Yes.
+    Always,
+}
+
 /// `[connections]`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Connections {
@@ -286,6 +300,8 @@ pub struct Limits {
     pub vips: u32,
     /// Health checks under way at once.
     pub health_checks: u32,
+    /// Connections and UDP clients of this node itself at once.
+    pub local_clients: u32,
 }
 
 /// `[[next_hop]]`: how to reach a VTEP, whatever the kernel says.
@@ -312,6 +328,7 @@ impl Default for Node {
             cores: Cores::Auto,
             answer_arp: false,
             announce_table: None,
+            local_link: LocalLink::Auto,
         }
     }
 }
@@ -460,7 +477,7 @@ impl Default for Maglev {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { backends: 1 << 14, vips: 1 << 16, health_checks: 1024 }
+        Self { backends: 1 << 14, vips: 1 << 16, health_checks: 1024, local_clients: 10_000 }
     }
 }
 
@@ -518,6 +535,7 @@ impl Config {
         let node = settings::node(&written.node, report);
         let api = settings::api(&written.api, report);
         let dataplane = settings::dataplane(&written.dataplane, report);
+        settings::local_link_copies(&written.node, &written.dataplane, report);
         let connections = settings::connections(&written.connections, report);
         let nat = settings::nat(&written.nat, report);
         let maglev = settings::maglev(&written.maglev, report);
@@ -547,7 +565,7 @@ impl Config {
         }
         differing! {
             node: Node {
-                name, interfaces, vtep, vtep6, workers, cores, announce_table; answer_arp
+                name, interfaces, vtep, vtep6, workers, cores, announce_table, local_link; answer_arp
             }
             api: Api { socket, socket_mode, listen, tls, state_directory, metrics_limit }
             dataplane: Dataplane {
@@ -564,7 +582,7 @@ impl Config {
                 udp_idle_s
             }
             maglev: Maglev { table_size, seed }
-            limits: Limits { backends, vips, health_checks }
+            limits: Limits { backends, vips, health_checks, local_clients }
         }
         keys
     }

@@ -39,10 +39,11 @@ use self::{announcing::Announcing, report::warn_too_large, steering::Steered};
 use crate::{
     api::{Api, ApiSocket, Changes, Refusal, SocketError, TcpDoor, TcpError},
     causes,
-    config::{Config, Exceeded, LoadError, Warning},
-    desired::{Conflict, Desired, Overlay, Service, join},
+    config::{self, Config, Exceeded, LoadError, Warning},
+    desired::{Conflict, Desired, Overlay, Service, Vip, join},
     health::{Checks, Home, Verdict, Verdicts},
     link::{self, LinkError},
+    local::{FAR_ADDRESS, Limits, LocalClients, LocalLink, LocalLinkError, Refused},
     mesh::Teacher,
     next_hop::{Hops, NextHopError, NextHops},
     plan::{Inputs, Interface, Placement, Plan, PlanError, Planner, Settings, Steering, health_of},
@@ -50,7 +51,7 @@ use crate::{
         api::{Store, StoreError},
         file::{Cause, FileSource, FileSourceError},
     },
-    workers::{Fleet, NotSteered, Queues, StartError},
+    workers::{Fleet, NotSteered, Queues, StartError, worker_count},
 };
 
 /// How long the first snapshot waits for next hops: the kernel gives a silent neighbour up after 3 s.
@@ -95,6 +96,9 @@ pub enum RunError {
     /// The next hops.
     #[error(transparent)]
     NextHop(#[from] NextHopError),
+    /// The link of our own.
+    #[error(transparent)]
+    LocalLink(#[from] LocalLinkError),
     /// Memory for translated connections.
     #[error("no memory for nat.addresses")]
     Nat(#[from] AllocationError),
@@ -122,6 +126,9 @@ pub enum RunError {
     /// The thread that checks backends.
     #[error("health checks can't be started")]
     Health(#[source] io::Error),
+    /// The thread for clients on this node.
+    #[error("clients on this node can't be served")]
+    LocalClients(#[source] io::Error),
     /// Signals.
     #[error("cannot listen for signals")]
     Signal(#[source] io::Error),
@@ -166,6 +173,7 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Signal)?;
     let mut hops = daemon.next_hops.subscribe();
     let mut verdicts = daemon.checks.subscribe();
+    let mut local_refused = daemon.local_refused.clone();
     let mut tick = time::interval(TICK);
     tick.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
     let mut relink = time::interval(RELINK);
@@ -186,6 +194,8 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
                 daemon.rehop(hops).await;
             }
             Ok(()) = verdicts.changed() => daemon.rejudge().await,
+            // To be shown.
+            Ok(()) = local_refused.changed() => {}
             _ = tick.tick() => {
                 daemon.publisher.retire();
                 daemon.end_drains().await;
@@ -252,6 +262,12 @@ struct Daemon {
     planner: Planner,
     /// Must outlive the workers, so that they free no snapshot.
     fleet: Fleet,
+    /// `None` if this node's own clients and tasks have none. Must outlive the workers, who have sockets there.
+    local_link: Option<LocalLink>,
+    /// Of those who use that.
+    local_clients: Option<LocalClients>,
+    /// What these can't reach.
+    local_refused: watch::Receiver<Refused>,
     publisher: Publisher<Forwarding>,
     generation: Generation,
     backends: Arc<[Placement]>,
@@ -274,16 +290,19 @@ struct Daemon {
 impl Daemon {
     async fn start(mut config: Config, wanted: Wanted) -> Result<Self, RunError> {
         config.desired = wanted.join(&config.node.vteps())?;
-        let addresses = link::own_addresses().await?;
-        config.limits.admit(&config.desired, &addresses)?;
         let names = match &config.node.interfaces[..] {
             [] => vec![link::default_route_interface().await?],
             names => names.to_vec(),
         };
         let links = link::links(&names).await?;
-        let interfaces: Vec<Interface> = links.iter().map(interface).collect();
+        let mut queues: Vec<Queues> = links.iter().map(queues).collect();
+        let local_link = local_link(&config, &queues).await?;
+        queues.extend(local_link.as_ref().map(LocalLink::queues));
+        let addresses = own_addresses(local_link.as_ref()).await?;
+        config.limits.admit(&config.desired, &addresses)?;
+        let interfaces = interfaces(&links, local_link.as_ref());
         let next_hops = NextHops::start(links.iter().map(|link| link.device.index).collect())?;
-        let vteps = vteps(&config);
+        let vteps = vteps(&config, if local_link.is_some() { &addresses } else { &[] });
         next_hops.want(&vteps);
         if !next_hops.settled(RESOLVE_TIMEOUT).await {
             warn!("some next hops are still being resolved; starting without them");
@@ -297,20 +316,18 @@ impl Daemon {
         let announcing = config.node.announce_table.map(Announcing::new).transpose();
         let announcing = announcing.map_err(LinkError::Socket)?;
         let mut publisher = Publisher::new(Arc::new(plan.forwarding));
-        let queues: Vec<Queues> = links
-            .iter()
-            .map(|link| Queues {
-                interface: link.device.name.clone(),
-                mac: link.device.mac,
-                count: link.rx_queues as usize,
-            })
-            .collect();
         let fleet = Fleet::start(&config, &queues, &mut publisher, &nat)?;
         fleet.leave_cores_to_workers();
         // Where we are now, off the workers' cores.
         let limit = config.limits.health_checks as usize;
         let checks = Checks::start(limit).map_err(RunError::Health)?;
-        let teacher = Teacher::start(config.node.vteps());
+        let local_clients =
+            local_link.as_ref().map(|_| LocalClients::start(client_limits(&config)));
+        let local_clients = local_clients.transpose().map_err(RunError::LocalClients)?;
+        let nothing = || watch::channel(Refused::default()).1;
+        let local_refused = local_clients.as_ref().map_or_else(nothing, LocalClients::refused);
+        let home = local_link.as_ref().map(|_| FAR_ADDRESS);
+        let teacher = Teacher::start(config.node.vteps(), home);
         let generation = publisher.generation();
         let mut daemon = Self {
             placed: config.desired.clone(),
@@ -327,6 +344,9 @@ impl Daemon {
             verdicts,
             planner,
             fleet,
+            local_link,
+            local_clients,
+            local_refused,
             publisher,
             generation,
             backends: plan.backends.into(),
@@ -341,6 +361,7 @@ impl Daemon {
         daemon.log_start();
         warn_too_large(&daemon.interfaces, daemon.config.dataplane.frame_size_bytes);
         daemon.log_unreachable(&[]);
+        daemon.serve_local();
         // Published before steered: XDP never hands over what no worker knows.
         daemon.steer_more(&plan.steer)?;
         daemon.check();
@@ -415,9 +436,17 @@ impl Daemon {
             error!("change refused, the running state stays: {refused}");
             return Err(refused);
         }
-        let vteps = vteps(&next);
+        let vteps = vteps(&next, if self.local_link.is_some() { &self.addresses } else { &[] });
         let outcome = self.go_over(next, &vteps).await;
         if outcome.is_ok() {
+            let first_overlay = self.wanted.overlays.is_empty() && !wanted.overlays.is_empty();
+            let automatic = self.config.node.local_link == config::LocalLink::Auto;
+            if first_overlay && automatic && self.local_link.is_none() {
+                warn!(
+                    "clients and backends on this node itself are not served: there was no overlay when \
+                     the process started, restart (node.local_link)"
+                );
+            }
             (self.wanted, self.vteps) = (wanted, vteps);
             self.check();
             self.teach();
@@ -467,10 +496,11 @@ impl Daemon {
             let service = checked.get(service);
             service.is_some_and(|service| service.backends.iter().any(|b| b.name == backend))
         });
+        let links = self.interfaces.iter().filter(|interface| interface.home.is_none());
         let home = Home {
             mac: self.interfaces.first().map(|interface| interface.mac).unwrap_or_default(),
             vteps: self.config.node.vteps(),
-            addresses: self.interfaces.iter().flat_map(|i| i.addresses.iter().copied()).collect(),
+            addresses: links.flat_map(|link| link.addresses.iter().copied()).collect(),
         };
         self.checks.want(&self.config.desired, home);
     }
@@ -535,10 +565,11 @@ impl Daemon {
     /// # Errors
     /// If one is gone for good.
     async fn relink(&mut self) -> Result<(), RunError> {
-        let names: Vec<&str> = self.interfaces.iter().map(|i| i.name.as_str()).collect();
+        let followed = self.interfaces.iter().filter(|i| i.home.is_none());
+        let names: Vec<&str> = followed.map(|i| i.name.as_str()).collect();
         let looked = async {
             let links = link::links(&names).await?;
-            Ok((links, link::own_addresses().await?))
+            Ok((links, own_addresses(self.local_link.as_ref()).await?))
         };
         let (links, addresses) = match time::timeout(LINK_TIMEOUT, looked).await {
             Ok(Ok(looked)) => looked,
@@ -559,7 +590,10 @@ impl Daemon {
             }
         };
         self.missing = None;
-        let interfaces: Vec<Interface> = links.iter().map(interface).collect();
+        if let Some(link) = &mut self.local_link {
+            link.look_after().await;
+        }
+        let interfaces = interfaces(&links, self.local_link.as_ref());
         if let Some(name) = replaced(&self.interfaces, &interfaces) {
             return Err(RunError::LinkReplaced(name.to_owned()));
         }
@@ -634,12 +668,21 @@ impl Daemon {
         self.placed = self.config.desired.clone();
         self.log_unreachable(&before);
         self.acknowledged().await;
+        self.serve_local();
         if !in_step {
             self.steer_more(&steer)?;
         }
         self.in_step = Some(steer);
         self.announce(announced).await;
         Ok(())
+    }
+
+    /// Serves clients on this node, on the ports that are published on its addresses.
+    fn serve_local(&self) {
+        let Some(clients) = &self.local_clients else { return };
+        let here = self.placed.services.iter().filter(|service| service.vip == Vip::Node);
+        let ports = here.flat_map(|service| service.ports.iter().map(|port| port.published));
+        clients.want(ports.collect());
     }
 
     /// What a plan is made from.
@@ -731,6 +774,60 @@ fn replaced<'a>(before: &'a [Interface], now: &[Interface]) -> Option<&'a str> {
     both.find(|(before, now)| before.index != now.index).map(|(before, _)| before.name.as_str())
 }
 
+/// Whether workers may have sockets on a veth.
+fn may_copy(config: &Config) -> bool {
+    let may = config.dataplane.copy_mode != config::CopyMode::ZeroCopy;
+    if !may {
+        warn!(
+            "copy_mode is \"zero-copy\": clients and backends on this node itself are not served"
+        );
+    }
+    may
+}
+
+/// The local link, if there is to be one.
+async fn local_link(config: &Config, queues: &[Queues]) -> Result<Option<LocalLink>, RunError> {
+    let wanted = match config.node.local_link {
+        config::LocalLink::Never => false,
+        config::LocalLink::Always => true,
+        config::LocalLink::Auto => !config.desired.overlays.is_empty() && may_copy(config),
+    };
+    if !wanted {
+        return Ok(None);
+    }
+    let workers = worker_count(config, queues)?;
+    let link = LocalLink::make(workers as u32, config.dataplane.frame_size_bytes).await?;
+    Ok(Some(link))
+}
+
+fn client_limits(config: &Config) -> Limits {
+    Limits {
+        clients: config.limits.local_clients as usize,
+        tcp_idle: Duration::from_secs(config.connections.tcp_idle_s.into()),
+        udp_idle: Duration::from_secs(config.connections.udp_idle_s.into()),
+    }
+}
+
+/// This node's addresses: also that of the local link's far end, where workers are the node.
+async fn own_addresses(local_link: Option<&LocalLink>) -> Result<Vec<IpAddr>, LinkError> {
+    let far = local_link.map(LocalLink::interface).into_iter().flat_map(|far| far.addresses);
+    Ok(link::own_addresses().await?.into_iter().chain(far).collect())
+}
+
+/// What the workers have ports on, in their order.
+fn interfaces(links: &[link::Link], local_link: Option<&LocalLink>) -> Vec<Interface> {
+    links.iter().map(interface).chain(local_link.map(LocalLink::interface)).collect()
+}
+
+fn queues(link: &link::Link) -> Queues {
+    Queues {
+        interface: link.device.name.clone(),
+        mac: link.device.mac,
+        count: link.rx_queues as usize,
+        namespace: None,
+    }
+}
+
 fn interface(link: &link::Link) -> Interface {
     Interface {
         name: link.device.name.clone(),
@@ -739,6 +836,7 @@ fn interface(link: &link::Link) -> Interface {
         mtu: link.device.mtu,
         partial_checksums: link.partial_checksums(),
         addresses: link.addresses.clone(),
+        home: None,
     }
 }
 
@@ -775,10 +873,11 @@ pub fn planner(config: &Config) -> Planner {
     })
 }
 
-/// The VTEPs that the kernel has to be asked for: not those that the operator has told all about.
-fn vteps(config: &Config) -> BTreeSet<IpAddr> {
+/// The VTEPs that the kernel has to be asked for: not those that the operator has told all about, nor those
+/// that are at `home`, this node's own if there is a way to them.
+fn vteps(config: &Config, home: &[IpAddr]) -> BTreeSet<IpAddr> {
     let said = config.next_hops.iter().filter(|hop| hop.interface.is_some());
-    let said: BTreeSet<IpAddr> = said.map(|hop| hop.vtep).collect();
+    let said: BTreeSet<IpAddr> = said.map(|hop| hop.vtep).chain(home.iter().copied()).collect();
     // Many share one: a hash is cheaper than a comparison for each.
     let all: HashSet<IpAddr> = config.desired.backends().map(|(_, b)| b.vtep).collect();
     all.into_iter().filter(|vtep| !said.contains(vtep)).collect()
@@ -813,7 +912,7 @@ mod tests {
         );
         let (config, _) = Config::parse("test", &text).unwrap();
         let asked = ["10.0.0.3", "10.0.0.4"].map(|vtep| vtep.parse().unwrap());
-        assert_eq!(vteps(&config), BTreeSet::from(asked));
+        assert_eq!(vteps(&config, &[]), BTreeSet::from(asked));
     }
 
     #[test]
@@ -825,6 +924,7 @@ mod tests {
             mtu: 1500,
             partial_checksums: false,
             addresses: Vec::new(),
+            home: None,
         };
         let before = [interface("eth0", 2), interface("eth1", 3)];
         assert_eq!(replaced(&before, &before), None);

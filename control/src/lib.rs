@@ -11,6 +11,7 @@ pub mod desired;
 pub mod explain;
 pub mod health;
 pub mod link;
+pub mod local;
 pub mod mesh;
 pub mod next_hop;
 pub mod offline;

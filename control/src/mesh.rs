@@ -3,10 +3,12 @@
 //! for its own address, in its tunnel, in the name of each mesh address: an ARP request (RFC 826), from which
 //! the kernel learns the neighbour, and the device which tunnel it is behind. Answers are of no interest.
 //!
+//! One on this very node hears it from the local link, where its answers will have to go.
+//!
 //! What a backend asks later, its neighbour entry having aged, the workers answer.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, hash_map::Entry},
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     time::Duration,
@@ -14,6 +16,7 @@ use std::{
 
 use dataplane::wire::ethernet::MacAddr;
 use etherparse::{ArpEthIpv4Packet, ArpOperation, ArpPacket, PacketBuilder};
+use socket2::{Domain, Socket, Type};
 use tokio::{net::UdpSocket, sync::watch, time};
 use tracing::debug;
 
@@ -32,6 +35,8 @@ const PAUSE: Duration = Duration::from_millis(10);
 struct Lesson {
     /// Where the tunnel ends.
     end: SocketAddr,
+    /// Whether that is this very node.
+    home: bool,
     vni: u32,
     /// Whose kernel is to learn.
     task: (Ipv4Addr, MacAddr),
@@ -60,11 +65,12 @@ impl Lesson {
     }
 }
 
-/// All that is to be taught. What runs on this very node is not behind a tunnel.
-fn lessons(desired: &Desired, own: &[IpAddr]) -> BTreeSet<Lesson> {
+/// All that is to be taught. `home` is whether there is a way to what runs on this very node.
+fn lessons(desired: &Desired, own: &[IpAddr], has_home: bool) -> BTreeSet<Lesson> {
     let mut all = BTreeSet::new();
     for (service, backend) in desired.backends() {
-        if service.mode != Mode::Nat || own.contains(&backend.vtep) {
+        let home = own.contains(&backend.vtep);
+        if service.mode != Mode::Nat || (home && !has_home) {
             continue;
         }
         let Some(IpAddr::V4(task)) = backend.address else { continue };
@@ -73,6 +79,7 @@ fn lessons(desired: &Desired, own: &[IpAddr]) -> BTreeSet<Lesson> {
             let IpAddr::V4(mesh) = *mesh else { continue };
             all.insert(Lesson {
                 end: SocketAddr::new(backend.vtep, backend.port),
+                home,
                 vni: backend.vni.get(),
                 task: (task, backend.mac),
                 mesh: (mesh, overlay.mac),
@@ -84,20 +91,24 @@ fn lessons(desired: &Desired, own: &[IpAddr]) -> BTreeSet<Lesson> {
 
 /// A handle on the task that teaches; it ends with it.
 #[derive(Debug)]
-pub struct Teacher(watch::Sender<BTreeSet<Lesson>>);
+pub struct Teacher {
+    wanted: watch::Sender<BTreeSet<Lesson>>,
+    has_home: bool,
+}
 
 impl Teacher {
-    /// Starts on the current tokio runtime. `vteps` are the tunnels' own ends, as far as they are configured.
-    pub fn start(vteps: Vec<IpAddr>) -> Self {
+    /// Starts on the current tokio runtime. `vteps` are the tunnels' own ends, as far as they are configured,
+    /// and `home` the one of those to this very node, if there are any.
+    pub fn start(vteps: Vec<IpAddr>, home: Option<Ipv4Addr>) -> Self {
         let (wanted, told) = watch::channel(BTreeSet::new());
-        tokio::spawn(Teaching { vteps, told, sockets: HashMap::new() }.run());
-        Self(wanted)
+        tokio::spawn(Teaching { vteps, home, told, sockets: HashMap::new() }.run());
+        Self { wanted, has_home: home.is_some() }
     }
 
     /// Says what is wanted, from now on. `own` are this node's addresses.
     pub fn want(&self, desired: &Desired, own: &[IpAddr]) {
-        let lessons = lessons(desired, own);
-        self.0.send_if_modified(|wanted| {
+        let lessons = lessons(desired, own, self.has_home);
+        self.wanted.send_if_modified(|wanted| {
             let changed = *wanted != lessons;
             *wanted = lessons;
             changed
@@ -107,9 +118,10 @@ impl Teacher {
 
 struct Teaching {
     vteps: Vec<IpAddr>,
+    home: Option<Ipv4Addr>,
     told: watch::Receiver<BTreeSet<Lesson>>,
-    /// By whether they are for tunnels over IPv6.
-    sockets: HashMap<bool, UdpSocket>,
+    /// By what they are bound to.
+    sockets: HashMap<IpAddr, UdpSocket>,
 }
 
 impl Teaching {
@@ -142,16 +154,35 @@ impl Teaching {
     }
 
     async fn teach(&mut self, lesson: &Lesson) -> io::Result<()> {
-        let v6 = lesson.end.is_ipv6();
-        if !self.sockets.contains_key(&v6) {
-            let configured = self.vteps.iter().find(|vtep| vtep.is_ipv6() == v6).copied();
-            let any = if v6 { IpAddr::from([0; 16]) } else { IpAddr::from([0; 4]) };
-            let socket = UdpSocket::bind((configured.unwrap_or(any), 0)).await?;
-            self.sockets.insert(v6, socket);
-        }
-        self.sockets[&v6].send_to(&lesson.packet(), lesson.end).await?;
+        let from = self.end(lesson);
+        let socket = match self.sockets.entry(from) {
+            Entry::Occupied(there) => there.into_mut(),
+            Entry::Vacant(free) => free.insert(bound(from, lesson.home)?),
+        };
+        socket.send_to(&lesson.packet(), lesson.end).await?;
         Ok(())
     }
+
+    /// Where a lesson comes from, and answers are to go.
+    fn end(&self, lesson: &Lesson) -> IpAddr {
+        if let Some(home) = self.home.filter(|_| lesson.home) {
+            return home.into();
+        }
+        let v6 = lesson.end.is_ipv6();
+        let configured = self.vteps.iter().find(|vtep| vtep.is_ipv6() == v6).copied();
+        configured.unwrap_or(if v6 { IpAddr::from([0; 16]) } else { IpAddr::from([0; 4]) })
+    }
+}
+
+/// A socket to teach by. At home it speaks for the local link's far end, whose address the kernel has not.
+fn bound(from: IpAddr, home: bool) -> io::Result<UdpSocket> {
+    let socket = Socket::new(Domain::for_address(SocketAddr::new(from, 0)), Type::DGRAM, None)?;
+    if home {
+        socket.set_ip_transparent_v4(true)?;
+    }
+    socket.set_nonblocking(true)?;
+    socket.bind(&SocketAddr::new(from, 0).into())?;
+    UdpSocket::from_std(socket.into())
 }
 
 #[cfg(test)]
@@ -196,8 +227,10 @@ mod tests {
 
     #[test]
     fn nat_backends_elsewhere_are_asked_in_the_name_of_each_mesh_address() {
-        let all = lessons(&desired(4789), &[IpAddr::from([10, 0, 0, 3])]);
-        assert_eq!(all.len(), 2, "one runs here, and DSR needs none: {all:?}");
+        let own = [IpAddr::from([10, 0, 0, 3])];
+        assert_eq!(lessons(&desired(4789), &own, true).len(), 4, "DSR needs none");
+        let all = lessons(&desired(4789), &own, false);
+        assert_eq!(all.len(), 2, "one runs here, and there is no way: {all:?}");
         let packet = all.first().unwrap().packet();
         assert_eq!(packet[..8], [8, 0, 0, 0, 0, 0, 100, 0]);
         let inner = SlicedPacket::from_ethernet(&packet[8..]).unwrap();
@@ -215,7 +248,7 @@ mod tests {
     async fn a_backend_is_taught_at_once_and_again_and_only_what_is_new() {
         let backend = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let mut desired = desired(backend.local_addr().unwrap().port());
-        let teacher = Teacher::start(Vec::new());
+        let teacher = Teacher::start(Vec::new(), None);
         let own = [IpAddr::from([10, 0, 0, 3])];
         let heard = async |count| {
             let (mut buffer, mut last) = ([0; 128], Vec::new());

@@ -69,5 +69,6 @@ fn interface(name: &str) -> Interface {
         mtu: mtu.and_then(|text| text.trim().parse().ok()).unwrap_or(MTU),
         partial_checksums: true,
         addresses: Vec::new(),
+        home: None,
     }
 }

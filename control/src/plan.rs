@@ -54,6 +54,8 @@ pub struct Interface {
     pub partial_checksums: bool,
     /// Its addresses.
     pub addresses: Vec<IpAddr>,
+    /// If this very node is at its other end: its MAC address there.
+    pub home: Option<MacAddr>,
 }
 
 /// Everything a plan is made from.
@@ -747,8 +749,37 @@ struct Way {
     src_ip: Option<IpAddr>,
 }
 
+/// The way home, to tasks on this very node: as to any other node, but by a link that ends here. `None` if
+/// the VTEP is another node's, or there is no such link.
+fn way_home(inputs: &Inputs<'_>, vtep: IpAddr) -> Option<Way> {
+    let (interface, link) = home(inputs.interfaces)?;
+    own_vteps(inputs).any(|own| own == vtep).then(|| Way {
+        interface,
+        src_mac: link.mac,
+        dst_mac: link.home.unwrap_or_default(),
+        vlans: Vec::new(),
+        mtu: link.mtu,
+        src_ip: None,
+    })
+}
+
+/// The interface that this very node is at the other end of, and which one it is.
+fn home(interfaces: &[Interface]) -> Option<(usize, &Interface)> {
+    interfaces.iter().enumerate().find(|(_, interface)| interface.home.is_some())
+}
+
+/// Where tunnels to this node may end.
+fn own_vteps<'a>(inputs: &Inputs<'a>) -> impl Iterator<Item = IpAddr> + 'a {
+    let configured = inputs.vtep.into_iter().chain(inputs.vtep6.map(IpAddr::V6));
+    let far = home(inputs.interfaces).map_or(&[][..], |(_, link)| &link.addresses[..]);
+    configured.chain(inputs.addresses.iter().copied().filter(|own| !far.contains(own)))
+}
+
 /// The way to a VTEP: what the operator says of it, else what the kernel says. Or why there is none.
 fn way(inputs: &Inputs<'_>, said: &Said<'_>, vtep: IpAddr) -> Result<Way, String> {
+    if let Some(way) = way_home(inputs, vtep) {
+        return Ok(way);
+    }
     let said = said.get(&vtep);
     let resolved = match inputs.hops.get(&vtep) {
         Some(HopState::Resolved(resolved)) => Ok(resolved),
@@ -863,21 +894,27 @@ fn render(
     Ok((rendered, unreachable))
 }
 
-/// The tunnel's source: what is configured, else what the kernel would take, else the interface's.
+/// The tunnel's source: what is configured, else what the kernel would take, else the interface's. On the
+/// way home it is the link's in any case: the kernel takes nothing that claims to be from itself.
 fn source(
     inputs: &Inputs<'_>,
     interface: usize,
     v6: bool,
     routed: Option<IpAddr>,
 ) -> Option<IpAddr> {
-    let configured = [inputs.vtep, inputs.vtep6.map(IpAddr::V6)];
-    let own =
-        inputs.interfaces.get(interface).into_iter().flat_map(|i| i.addresses.iter().copied());
-    let mut all = configured.into_iter().flatten().chain(routed).chain(own);
+    let link = inputs.interfaces.get(interface);
+    let own = link.into_iter().flat_map(|i| i.addresses.iter().copied());
+    let configured = [inputs.vtep, inputs.vtep6.map(IpAddr::V6)].into_iter().flatten();
+    let configured = configured.filter(|_| link.is_none_or(|link| link.home.is_none()));
+    let mut all = configured.chain(routed).chain(own);
     all.find(|address| address.is_ipv6() == v6)
 }
 
 fn no_source(inputs: &Inputs<'_>, interface: usize, v6: bool) -> String {
+    if inputs.interfaces.get(interface).is_some_and(|link| link.home.is_some()) {
+        return "a backend on this very node is reached over IPv4 only: give it an IPv4 vtep"
+            .to_owned();
+    }
     let (family, key) = if v6 { ("IPv6", "node.vtep6") } else { ("IPv4", "node.vtep") };
     let interface = inputs.interfaces.get(interface).map_or("the interface", |i| &i.name);
     format!("{interface} has no {family} address to send tunnels from: give it one, or set {key}")

@@ -29,6 +29,10 @@ pub struct Status {
     pub ready: bool,
     /// Why the last change of the configuration was refused, if it was.
     pub refused: Option<String>,
+    /// Ports published on this node's addresses that clients on the node itself don't reach, as in `80/tcp`,
+    /// and why.
+    #[serde(default)]
+    pub local_refused: BTreeMap<String, String>,
     /// The workers.
     pub workers: Vec<WorkerStatus>,
     /// Drops of all workers, by reason.
@@ -195,6 +199,7 @@ impl fmt::Display for Status {
         if let Some(refused) = &self.refused {
             writeln!(f, "the last change was refused: {refused}")?;
         }
+        self.local_refused.values().try_for_each(|sentence| writeln!(f, "{sentence}"))?;
         for worker in &self.workers {
             write_worker(f, worker)?;
         }
@@ -402,6 +407,7 @@ mod tests {
             generation: 4,
             ready: true,
             refused: Some("wiremesh.toml:3:1: unknown key".to_owned()),
+            local_refused: [("80/tcp".to_owned(), "80/tcp is taken".to_owned())].into(),
             workers: vec![worker, idle],
             drops: [
                 drops(1, DropReason::Fragment),
@@ -418,6 +424,7 @@ mod tests {
         let expected = "\
 n1: wiremesh 0.1.0, ready, generation 4
 the last change was refused: wiremesh.toml:3:1: unknown key
+80/tcp is taken
 worker 0 on core 2: 1203 packets in, 1200 out
   eth0 queue 0: native XDP, copy, huge pages
     not zero-copy: the driver cannot

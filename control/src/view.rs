@@ -15,6 +15,7 @@ use crate::{
     config::{Config, Maglev},
     desired::{Backend, Desired, Drain, Service, port_ranges},
     health::{Board, Report, Verdict},
+    local::Refused,
     plan::Placement,
     status::{
         BackendStatus, PortStatus, ServiceStatus, Status, WorkerStatus, drops, events, losses,
@@ -40,6 +41,8 @@ pub struct View {
     pub forwarding: Arc<Forwarding>,
     /// Why the last change of the configuration was refused, if it was.
     pub refused: Option<String>,
+    /// Ports published on this node that clients on it can't reach, and why.
+    pub local_refused: Refused,
     /// Whether one of our interfaces is gone.
     pub link_missing: bool,
 }
@@ -267,6 +270,11 @@ impl Observed {
             generation: view.generation,
             ready: self.ready(view),
             refused: view.refused.clone(),
+            local_refused: view
+                .local_refused
+                .iter()
+                .map(|(port, why)| (port.to_string(), why.clone()))
+                .collect(),
             services: services.collect(),
             drops: drops(self.counters()),
             workers: self.workers.iter().enumerate().map(|(id, w)| self.worker(id, w)).collect(),

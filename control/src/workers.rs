@@ -35,7 +35,10 @@ use dataplane::{
 };
 
 use self::watchdog::{TICK_MS, Watchdog, Watched};
-use crate::config::{self, Config, Cores, Idle, MIN_HANG_TIMEOUT_MS, Workers};
+use crate::{
+    config::{self, Config, Cores, Idle, MIN_HANG_TIMEOUT_MS, Workers},
+    local::Namespace,
+};
 
 /// Room for this node's addresses as ends of tunnels, and for its mesh addresses.
 const TUNNEL_ENDS: u32 = 1024;
@@ -123,6 +126,8 @@ pub struct Queues {
     pub mac: MacAddr,
     /// Its rx queues in use.
     pub count: usize,
+    /// Where it is, if not in this process's network namespace.
+    pub namespace: Option<Namespace>,
 }
 
 /// One worker, seen from outside.
@@ -216,6 +221,14 @@ pub fn share_out(queues: &[Queues], workers: Workers, cores: usize) -> Result<us
     }
 }
 
+/// How many workers there will be.
+///
+/// # Errors
+/// If an interface has too few queues for as many as configured, or a core is not there.
+pub fn worker_count(config: &Config, queues: &[Queues]) -> Result<usize, StartError> {
+    share_out(queues, config.node.workers, cores(&config.node.cores)?.len())
+}
+
 impl Fleet {
     /// Opens all ports, attaches the XDP programs, which steer nothing yet, and starts the threads.
     ///
@@ -227,8 +240,8 @@ impl Fleet {
         publisher: &mut Publisher<Forwarding>,
         nat: &Arc<nat::Slots>,
     ) -> Result<Self, StartError> {
+        let count = worker_count(config, queues)?;
         let cores = cores(&config.node.cores)?;
-        let count = share_out(queues, config.node.workers, cores.len())?;
         let mode = match config.dataplane.xdp_mode {
             config::XdpMode::Auto => steer::Mode::Auto,
             config::XdpMode::Native => steer::Mode::Native,
@@ -238,7 +251,12 @@ impl Fleet {
         let capacity = config.limits.vips.saturating_mul(2).saturating_add(TUNNEL_ENDS);
         let mut steers = Vec::with_capacity(queues.len());
         for queues in queues {
-            let mut steer = Steer::attach(&queues.interface, mode, capacity).map_err(NotSteered)?;
+            let attach = || Steer::attach(&queues.interface, mode, capacity);
+            let attached = match &queues.namespace {
+                Some(namespace) => namespace.run(attach)?,
+                None => attach(),
+            };
+            let mut steer = attached.map_err(NotSteered)?;
             steer.set_mac(queues.mac).map_err(NotSteered)?;
             // So that the program leaves the kernel what is for no connection of ours.
             if !nat.mirror(steer.taken()?) {
@@ -441,12 +459,13 @@ fn open(
     worker: usize,
     workers: usize,
 ) -> Result<Opened, StartError> {
-    let owned: Vec<(usize, &str, u32)> = queues
+    let owned: Vec<(usize, xsk::Queue<'_>)> = queues
         .iter()
         .enumerate()
-        .flat_map(|(interface, queues)| {
-            let own = (worker..queues.count).step_by(workers);
-            own.map(move |queue| (interface, queues.interface.as_str(), queue as u32))
+        .flat_map(|(at, Queues { interface, count, namespace, .. })| {
+            let own = (worker..*count).step_by(workers);
+            let namespace = namespace.as_ref().map(Namespace::as_fd);
+            own.map(move |queue| (at, xsk::Queue { interface, number: queue as u32, namespace }))
         })
         .collect();
     let dataplane = &config.dataplane;
@@ -478,14 +497,14 @@ fn open(
             prefer: dataplane.prefer_busy_poll,
         }),
     };
-    let names: Vec<(&str, u32)> = owned.iter().map(|(_, name, queue)| (*name, *queue)).collect();
-    let (ports, pool, reports) = xsk::open(&settings, &names)?;
+    let queues: Vec<xsk::Queue<'_>> = owned.iter().map(|(_, queue)| *queue).collect();
+    let (ports, pool, reports) = xsk::open(&settings, &queues)?;
     let sockets = owned
         .iter()
         .zip(&ports)
-        .map(|((interface, _, queue), port)| Socket {
+        .map(|((interface, queue), port)| Socket {
             interface: *interface,
-            queue: *queue,
+            queue: queue.number,
             fd: port.fd(),
         })
         .collect();
@@ -548,6 +567,7 @@ mod tests {
             interface: format!("eth{i}"),
             mac: MacAddr::default(),
             count: *count,
+            namespace: None,
         };
         counts.iter().enumerate().map(queues).collect()
     }

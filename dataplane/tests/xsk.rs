@@ -9,7 +9,7 @@ use std::{
     env, fs,
     io::{BufRead, BufReader, Read, Write},
     net::{IpAddr, UdpSocket},
-    os::unix::fs::MetadataExt,
+    os::{fd::AsFd, unix::fs::MetadataExt},
     process::{self, Child, ChildStdin, ChildStdout, Command, Stdio},
     sync::atomic::{AtomicU32, Ordering},
     thread,
@@ -20,7 +20,7 @@ use dataplane::{
     flow::{Address, protocol},
     port::{
         Frame, Frames, HEADROOM, Pool, Port,
-        xsk::{self, CopyMode, HugePages, Settings, XskError, XskPort},
+        xsk::{self, CopyMode, HugePages, Queue, Settings, XskError, XskPort},
     },
     steer::{self, ANSWER_ARP, DEFAULT_CAPACITY, Key, Mode, Steer, SteerError, TUNNEL},
     wire::ethernet::MacAddr,
@@ -198,7 +198,8 @@ fn settings() -> Settings {
 
 /// Ports of a0 and b0, their pool, and the program on a0.
 fn open(mode: Mode) -> (Vec<XskPort>, Pool, Steer) {
-    let (mut ports, mut pool, _) = xsk::open(&settings(), &[("a0", 0), ("b0", 0)]).unwrap();
+    let (mut ports, mut pool, _) =
+        xsk::open(&settings(), &[Queue::here("a0", 0), Queue::here("b0", 0)]).unwrap();
     let mut steer = steer("a0", mode);
     steer.set_socket(0, ports[0].fd()).unwrap();
     ports[0].refill(&mut pool);
@@ -514,6 +515,33 @@ fn a_packet_received_at_one_port_leaves_another_with_a_longer_front() {
 }
 
 #[test]
+fn a_packet_received_in_one_namespace_leaves_in_another() {
+    in_namespace("a_packet_received_in_one_namespace_leaves_in_another", |wire| {
+        let far = Namespace(format!("xsk-{}-far", process::id()));
+        ip(&format!("netns add {}", far.0));
+        ip(&format!("link set b0 netns {}", far.0));
+        ip(&format!("-n {} link set b0 up", far.0));
+        let namespace = fs::File::open(format!("/run/netns/{}", far.0)).unwrap();
+        let there = Queue { namespace: Some(namespace.as_fd()), ..Queue::here("b0", 0) };
+        let queues = [Queue::here("a0", 0), there];
+        let (mut ports, mut pool, _) = xsk::open(&settings(), &queues).unwrap();
+        let mut steer = steer("a0", Mode::Auto);
+        steer.set_socket(0, ports[0].fd()).unwrap();
+        ports[0].refill(&mut pool);
+        ports[1].refill(&mut pool);
+
+        let frame = udp_frame(VIP, 80);
+        wire.send("a1", &frame);
+        let inbound = receive(&mut ports[0]);
+        assert_eq!(inbound.len(), 1);
+        transmit(&mut ports[1], &mut pool, inbound);
+        // The other namespace has IPv6, which says something of its own.
+        assert!(wire.seen("b1", 1.0).contains(&hex(&frame)));
+        assert!(!ip("link show").contains("b0"), "it is only there");
+    });
+}
+
+#[test]
 fn a_full_ring_takes_what_fits_and_gets_rid_of_it() {
     in_namespace("a_full_ring_takes_what_fits_and_gets_rid_of_it", |wire| {
         let (mut ports, mut pool, _steer) = open(Mode::Auto);
@@ -564,26 +592,27 @@ fn a_refusal_is_explained() {
     in_namespace("a_refusal_is_explained", |_| {
         let fails =
             |settings: &Settings, queue| xsk::open(settings, &[queue]).map(|_| ()).unwrap_err();
-        let (ports, pool, reports) = xsk::open(&settings(), &[("a0", 0)]).unwrap();
+        let (ports, pool, reports) = xsk::open(&settings(), &[Queue::here("a0", 0)]).unwrap();
         assert_eq!((reports[0].copy, pool.len()), (CopyMode::Copy, 512));
         assert!(reports[0].why_copy.as_ref().unwrap().contains("not supported"), "{reports:?}");
 
         let begin = Instant::now();
-        let busy = fails(&settings(), ("a0", 0));
+        let busy = fails(&settings(), Queue::here("a0", 0));
         assert!(matches!(busy, XskError::Busy { queue: 0, .. }), "{busy}");
         assert!(begin.elapsed() < Duration::from_millis(500));
         drop(ports);
-        xsk::open(&settings(), &[("a0", 0)]).expect("the queue is free again");
+        xsk::open(&settings(), &[Queue::here("a0", 0)]).expect("the queue is free again");
 
-        let error = fails(&settings(), ("absent", 0));
+        let error = fails(&settings(), Queue::here("absent", 0));
         assert!(matches!(error, XskError::NoInterface(_)), "{error}");
-        let error = fails(&settings(), ("b0", 9));
+        let error = fails(&settings(), Queue::here("b0", 9));
         assert!(matches!(error, XskError::NoQueue { queue: 9, .. }), "{error}");
         let zero_copy = Settings { copy: CopyMode::ZeroCopy, ..settings() };
-        let error = fails(&zero_copy, ("b0", 0));
+        let error = fails(&zero_copy, Queue::here("b0", 0));
         assert!(matches!(error, XskError::NoZeroCopy(_)), "{error}");
         let odd = Settings { huge_pages: HugePages::Require, ..settings() };
-        let error = fails(&Settings { frame_count: 513.try_into().unwrap(), ..odd }, ("b0", 0));
+        let odd = Settings { frame_count: 513.try_into().unwrap(), ..odd };
+        let error = fails(&odd, Queue::here("b0", 0));
         assert!(matches!(error, XskError::NoHugePages(_)), "{error}");
 
         let _first = Steer::attach("a0", Mode::Auto, 16).unwrap();

@@ -15,7 +15,7 @@ use dataplane::{
     flow::{Address, protocol},
     port::{
         Frame, Frames, Port,
-        xsk::{self, Rest, Settings},
+        xsk::{self, Queue, Rest, Settings},
     },
     steer::{DEFAULT_CAPACITY, Key, Mode, Steer},
     wire::ethernet::MacAddr,
@@ -73,7 +73,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         tx_budget: arguments.tx_budget,
         ..Settings::default()
     };
-    let (mut ports, mut pool, _reports) = xsk::open(&settings, &[(ingress, 0), (egress, 0)])?;
+    let (mut ports, mut pool, _reports) =
+        xsk::open(&settings, &[Queue::here(ingress, 0), Queue::here(egress, 0)])?;
     steer.set_socket(0, ports[0].fd())?;
     for protocol in [protocol::TCP, protocol::UDP] {
         let address = Address::from(arguments.vip);

@@ -14,7 +14,8 @@ use utoipa::ToSchema;
 use super::{Api, resource};
 use crate::{
     config::ServiceSpec,
-    desired::{self, Desired},
+    desired::{self, Desired, ServicePort},
+    local::Refused,
     plan::Placement,
     view::{self, Placed, View},
 };
@@ -76,6 +77,13 @@ pub enum Event {
         /// Why.
         reason: String,
     },
+    /// A port that is published on this node's addresses is kept from clients on the node, or no longer.
+    LocalPort {
+        /// The port, as in `80/tcp`.
+        port: String,
+        /// Why it is; `None` if it is no longer.
+        reason: Option<String>,
+    },
     /// Workers forward by another snapshot, in which all that was told before is.
     Generation {
         /// Its number.
@@ -92,6 +100,7 @@ impl Event {
             Self::Backend { .. } => "backend",
             Self::BackendRemoved { .. } => "backend-removed",
             Self::Refused { .. } => "refused",
+            Self::LocalPort { .. } => "local-port",
             Self::Generation { .. } => "generation",
         }
     }
@@ -110,6 +119,10 @@ impl fmt::Display for Event {
             }
             Self::BackendRemoved { service, backend } => write!(f, "{service}/{backend}: removed"),
             Self::Refused { reason } => write!(f, "the file's last change was refused: {reason}"),
+            Self::LocalPort { reason: Some(reason), .. } => f.write_str(reason),
+            Self::LocalPort { port, reason: None } => {
+                write!(f, "{port} is no longer kept from clients on this node")
+            }
             Self::Generation { generation } => write!(f, "generation {generation}"),
         }
     }
@@ -121,6 +134,7 @@ struct Told {
     desired: Desired,
     placements: Arc<[Placement]>,
     refused: Option<String>,
+    local_refused: Refused,
     generation: u64,
 }
 
@@ -171,6 +185,12 @@ fn tell(told: Told, view: &View) -> (Vec<Event>, Told) {
     if let Some(reason) = view.refused.clone().filter(|_| view.refused != told.refused) {
         events.push(Event::Refused { reason });
     }
+    let reasons = |(port, why): (&ServicePort, &String)| (*port, Some(why.clone()));
+    let refused =
+        view.local_refused.iter().filter(|(p, why)| told.local_refused.get(p) != Some(why));
+    let again = told.local_refused.keys().filter(|port| !view.local_refused.contains_key(port));
+    let ports = refused.map(reasons).chain(again.map(|port| (*port, None)));
+    events.extend(ports.map(|(port, reason)| Event::LocalPort { port: port.to_string(), reason }));
     if view.generation != told.generation {
         events.push(Event::Generation { generation: view.generation });
     }
@@ -178,6 +198,7 @@ fn tell(told: Told, view: &View) -> (Vec<Event>, Told) {
         desired: view.desired.clone(),
         placements: view.placements.clone(),
         refused: view.refused.clone(),
+        local_refused: view.local_refused.clone(),
         generation: view.generation,
     };
     (events, told)

@@ -23,7 +23,7 @@ use super::{
 use crate::{
     config::Config,
     daemon,
-    desired::{self, Desired},
+    desired::{self, Desired, Protocol, ServicePort},
     offline::Offline,
     plan::{Inputs, Planner},
     source::api::Store,
@@ -65,6 +65,7 @@ fn view(text: &str, generation: u64) -> Arc<View> {
         addresses: Vec::new(),
         forwarding,
         refused: None,
+        local_refused: Default::default(),
         link_missing: false,
     })
 }
@@ -107,6 +108,7 @@ impl PlanningDaemon {
             addresses: Vec::new(),
             forwarding: Arc::new(plan.forwarding),
             refused: None,
+            local_refused: Default::default(),
             link_missing: false,
         }));
         Ok(())
@@ -828,6 +830,7 @@ fn a_watcher_is_told_what_is_and_then_what_changes() {
             Event::Backend { backend, state, weight, .. } => format!("{backend} {state} {weight}"),
             Event::BackendRemoved { backend, .. } => format!("-{backend}"),
             Event::Refused { reason } => reason.clone(),
+            Event::LocalPort { port, reason } => format!("{port} {reason:?}"),
             Event::Generation { generation } => generation.to_string(),
         })
         .collect();
@@ -847,6 +850,34 @@ fn a_watcher_is_told_what_is_and_then_what_changes() {
         "4",
     ];
     assert_eq!(told, expected);
+}
+
+#[test]
+fn a_watcher_is_told_which_ports_are_kept_from_clients_on_this_node() {
+    let rig = Rig::new(CONFIG);
+    let kept = |ports: &[u16], generation| {
+        let port = |port: &u16| ServicePort { port: *port, protocol: Protocol::Tcp };
+        let refused = ports.iter().map(|number| (port(number), "taken".to_owned())).collect();
+        let view = Arc::into_inner(view(CONFIG, generation)).unwrap();
+        Arc::new(View { local_refused: Arc::new(refused), ..view })
+    };
+    let mut views = [kept(&[80, 81], 2), kept(&[81], 3)].into_iter();
+    let mut told = Vec::new();
+    rig.client()
+        .watch("/v1/events", |event: Event| {
+            match event {
+                Event::LocalPort { port, reason } => told.push((port, reason)),
+                Event::Generation { .. } => match views.next() {
+                    Some(next) => drop(rig.views.send_replace(next)),
+                    None => return false,
+                },
+                _ => {}
+            }
+            true
+        })
+        .unwrap();
+    let taken = |port: &str| (port.to_owned(), Some("taken".to_owned()));
+    assert_eq!(told, [taken("80/tcp"), taken("81/tcp"), ("80/tcp".to_owned(), None)]);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use toml::Spanned;
 use utoipa::ToSchema;
 
-use super::{CheckKind, CopyMode, HugePages, Idle, XdpMode};
+use super::{CheckKind, CopyMode, HugePages, Idle, LocalLink, XdpMode};
 use crate::{
     desired::Mode,
     health::{AllDown, OnDown},
@@ -45,6 +45,7 @@ pub struct Node {
     pub cores: Key<AutoOr<Vec<i64>>>,
     pub answer_arp: Option<bool>,
     pub announce_table: Key<i64>,
+    pub local_link: Key<LocalLink>,
 }
 
 /// `[api]`
@@ -128,6 +129,7 @@ pub struct Limits {
     pub backends: Key<i64>,
     pub vips: Key<i64>,
     pub health_checks: Key<i64>,
+    pub local_clients: Key<i64>,
 }
 
 /// `[[next_hop]]`

@@ -14,7 +14,8 @@ use dataplane::{
 use toml::Spanned;
 
 use super::{
-    Api, Connections, Cores, Dataplane, Limits, Maglev, Nat, Node, Rings, Tls, Workers,
+    Api, Connections, CopyMode, Cores, Dataplane, Limits, LocalLink, Maglev, Nat, Node, Rings, Tls,
+    Workers,
     file::{self, AutoOr, Key},
     finding::{Report, Span},
 };
@@ -70,6 +71,7 @@ pub fn node(written: &file::Node, report: &mut Report) -> Node {
         cores: written.cores.as_ref().map_or(defaults.cores, |key| cores(key, report)),
         answer_arp: written.answer_arp.unwrap_or(defaults.answer_arp),
         announce_table: written.announce_table.as_ref().and_then(|key| announce_table(key, report)),
+        local_link: written.local_link.as_ref().map_or(defaults.local_link, |key| *key.get_ref()),
     }
 }
 
@@ -178,6 +180,18 @@ pub fn dataplane(written: &file::Dataplane, report: &mut Report) -> Dataplane {
     };
     rings_fit(&settings, written, report);
     settings
+}
+
+/// The local link is a veth, and all of a worker's sockets copy, or none.
+pub fn local_link_copies(node: &file::Node, dataplane: &file::Dataplane, report: &mut Report) {
+    let Some(key) = &node.local_link else { return };
+    if *key.get_ref() == LocalLink::Always && dataplane.copy_mode == Some(CopyMode::ZeroCopy) {
+        report.error(
+            key.span(),
+            "there is no `local_link` without copying, and `copy_mode` is \"zero-copy\"",
+            "\"never\", or another `copy_mode`",
+        );
+    }
 }
 
 /// A ring's own size, if it has one.
@@ -332,6 +346,12 @@ pub fn limits(written: &file::Limits, report: &mut Report) -> Limits {
             "health_checks",
             &written.health_checks,
             (defaults.health_checks, 1..=1 << 16),
+            report,
+        ),
+        local_clients: number(
+            "local_clients",
+            &written.local_clients,
+            (defaults.local_clients, 1..=1 << 20),
             report,
         ),
     }

@@ -172,7 +172,7 @@ fn a_backend_says_what_differs_from_its_service() {
 fn settings_are_read_from_their_keys() {
     let config = config(concat!(
         "[node]\nvtep6 = '2001:db8::1'\nworkers = 3\ncores = [1, 5, 4]\nanswer_arp = true\n",
-        "announce_table = 4294967295\n",
+        "announce_table = 4294967295\nlocal_link = 'never'\n",
         "[dataplane]\nxdp_mode = 'generic'\ncopy_mode = 'zero-copy'\nidle = 'busy-poll'\n",
         "huge_pages = 'require'\nframe_size_bytes = 4096\nneed_wakeup = false\n",
         "busy_poll_us = 50\nbusy_poll_budget = 8\nprefer_busy_poll = false\n",
@@ -184,6 +184,7 @@ fn settings_are_read_from_their_keys() {
     assert_eq!(config.node.cores, Cores::List(vec![1, 5, 4]));
     assert!(config.node.answer_arp);
     assert_eq!(config.node.announce_table, Some(u32::MAX));
+    assert_eq!(config.node.local_link, LocalLink::Never);
     assert_eq!(config.dataplane.xdp_mode, XdpMode::Generic);
     assert_eq!(config.dataplane.copy_mode, CopyMode::ZeroCopy);
     assert_eq!(config.dataplane.idle, Idle::BusyPoll);
@@ -839,6 +840,11 @@ fn what_contradicts_itself_is_refused_where_it_does() {
             format!("{GOOD}{}", second.replace("113.11", "113.10").replace("53/", "400-500/")),
             "22:10: 443/udp of 203.0.113.10 is published by two services: \
              another port or VIP, for `web` has this one",
+        ),
+        (
+            "[node]\nlocal_link = 'always'\n[dataplane]\ncopy_mode = 'zero-copy'\n".to_owned(),
+            "2:14: there is no `local_link` without copying, and `copy_mode` is \"zero-copy\": \
+             \"never\", or another `copy_mode`",
         ),
         (
             format!("{GOOD}{BACKEND}"),

@@ -31,6 +31,7 @@ impl Daemon {
             view.generation == self.generation.get()
                 && Arc::ptr_eq(&view.placements, &self.backends)
                 && view.refused == self.refused
+                && Arc::ptr_eq(&view.local_refused, &self.local_refused.borrow())
                 && view.link_missing == self.missing.is_some()
         };
         if !same(&shown.borrow()) {
@@ -48,6 +49,7 @@ impl Daemon {
             addresses: self.addresses.clone(),
             forwarding: self.publisher.current().clone(),
             refused: self.refused.clone(),
+            local_refused: self.local_refused.borrow().clone(),
             link_missing: self.missing.is_some(),
         })
     }
@@ -153,6 +155,7 @@ mod tests {
                 mtu,
                 partial_checksums: false,
                 addresses: Vec::new(),
+                home: None,
             };
             too_large(&interface, frame_size)
         };

@@ -72,6 +72,7 @@ impl World {
             mtu: 1500,
             partial_checksums: number == 0,
             addresses: addresses.iter().map(|address| address.parse().unwrap()).collect(),
+            home: None,
         };
         let interfaces =
             vec![interface(0, &["10.0.0.1", "fd00::1", "fe80::1"]), interface(1, &["10.1.0.1"])];
@@ -181,6 +182,36 @@ fn ends(plan: &Plan, at: usize) -> (IpAddr, IpAddr) {
         NetHeaders::Ipv6(ip, _) => (ip.source.into(), ip.destination.into()),
         other => panic!("{other:?}"),
     }
+}
+
+#[test]
+fn a_backend_on_this_very_node_is_reached_by_the_way_home() {
+    let mut world = World::new(TWO, &["10.0.0.2", "10.0.0.3"]);
+    let own = world.interfaces[0].addresses[0];
+    Arc::make_mut(&mut world.config.desired.services[0]).backends[1].vtep = own;
+    world.hops.remove(&"10.0.0.3".parse().unwrap());
+    assert!(world.plan().backends[1].unreachable.is_some(), "nobody sends to himself");
+
+    let (ours, nodes) = (MacAddr([2, 0, 0, 0, 9, 2]), MacAddr([2, 0, 0, 0, 9, 1]));
+    let mut far = world.interfaces[1].clone();
+    (far.index, far.mac, far.home) = (None, ours, Some(nodes));
+    far.addresses = vec!["169.254.77.2".parse().unwrap()];
+    world.interfaces.push(far);
+    // Not even a configured source would do.
+    world.config.node.vtep = Some(own);
+    let plan = world.plan();
+    assert_eq!(plan.backends[1].unreachable, None);
+    assert_eq!(backend(&plan, 1).link, 2);
+    assert_eq!(ends(&plan, 1), ("169.254.77.2".parse().unwrap(), own));
+    let packet = encapsulated(&plan, 1);
+    assert_eq!((&packet[..6], &packet[6..12]), (&nodes.0[..], &ours.0[..]));
+    assert_eq!(backend(&plan, 0).link, 0, "others stay where they are");
+    assert_eq!(ends(&plan, 0), (own, "10.0.0.2".parse().unwrap()));
+
+    let own: IpAddr = "fd00::1".parse().unwrap();
+    Arc::make_mut(&mut world.config.desired.services[0]).backends[1].vtep = own;
+    let reason = world.plan().backends[1].unreachable.clone().unwrap();
+    assert!(reason.contains("IPv4 vtep"), "{reason}");
 }
 
 #[test]

@@ -14,6 +14,7 @@ mod changes;
 mod cli;
 mod failures;
 mod health;
+mod local;
 mod nat;
 mod scale;
 mod traffic;

@@ -86,7 +86,7 @@ impl Mesh {
 }
 
 /// Gives a backend a stock vxlan device with an address, and an echo server there.
-fn join(lab: &Lab, backend: &str, vteps: &str) -> Background {
+pub fn join(lab: &Lab, backend: &str, vteps: &str) -> Background {
     let number = &backend[1..];
     let (local, address) = (format!("{vteps}{number}"), format!("10.99.1.{number}"));
     let mac = format!("02:42:0a:63:01:0{number}");

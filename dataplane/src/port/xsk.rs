@@ -15,7 +15,7 @@ mod wake;
 
 use std::{
     io, iter, mem,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
     ptr, slice,
     sync::Arc,
     thread,
@@ -29,7 +29,7 @@ use xsk_rs::{
 };
 
 pub use self::{
-    open::{BindReport, BusyPoll, CopyMode, HugePages, Settings, XskError, open},
+    open::{BindReport, BusyPoll, CopyMode, HugePages, Queue, Settings, XskError, open},
     rest::{Rest, SLEEP_MS},
     wake::{Bell, Ear, bell},
 };
@@ -191,7 +191,7 @@ enum Failed {
 /// Binds sockets to all these queues over one new UMEM. Returns its frames, too.
 fn bind_all(
     settings: &Settings,
-    queues: &[(&str, u32)],
+    queues: &[Queue<'_>],
     (mode, huge_pages): (BindFlags, bool),
     minted: &Minted,
 ) -> Result<(Vec<XskPort>, Pool), Failed> {
@@ -199,7 +199,7 @@ fn bind_all(
     let memory = Arc::new(memory);
     let mut ports = Vec::with_capacity(queues.len());
     for (index, &queue) in queues.iter().enumerate() {
-        let port = XskPort::bind_patiently(&memory, settings, queue, mode);
+        let port = XskPort::bind_there(&memory, settings, queue, mode);
         ports.push(port.map_err(|error| Failed::Bind(index, error))?);
     }
 
@@ -251,25 +251,41 @@ const _: fn() = || {
 };
 
 impl XskPort {
+    /// Binds a socket in the network namespace of its interface.
+    fn bind_there(
+        memory: &Arc<Memory>,
+        settings: &Settings,
+        queue: Queue<'_>,
+        mode: BindFlags,
+    ) -> io::Result<Self> {
+        let bind = || Self::bind_patiently(memory, settings, queue, mode);
+        let Some(namespace) = queue.namespace else { return bind() };
+        // On a thread of its own, which need not come back: a socket stays in the namespace it was made in.
+        thread::scope(|scope| {
+            let there = scope.spawn(|| enter(namespace).and_then(|()| bind()));
+            there.join().expect("binding does not panic")
+        })
+    }
+
     /// Binds a socket, while the kernel may still be busy taking down another one: that was seen to
     /// last 8 ms.
     fn bind_patiently(
         memory: &Arc<Memory>,
         settings: &Settings,
-        (interface, queue): (&str, u32),
+        queue: Queue<'_>,
         mode: BindFlags,
     ) -> io::Result<Self> {
         const ATTEMPTS: u32 = 20;
-        let interface = Interface::try_from(interface.as_bytes())?;
+        let interface = Interface::try_from(queue.interface.as_bytes())?;
         for _ in 1..ATTEMPTS {
-            match Self::bind(memory, settings, (&interface, queue), mode) {
+            match Self::bind(memory, settings, (&interface, queue.number), mode) {
                 Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
                     thread::sleep(Duration::from_millis(5));
                 }
                 result => return result,
             }
         }
-        Self::bind(memory, settings, (&interface, queue), mode)
+        Self::bind(memory, settings, (&interface, queue.number), mode)
     }
 
     /// Binds a socket.
@@ -540,6 +556,15 @@ fn busy_poll(fd: RawFd) {
     unsafe {
         libc::recvfrom(fd, ptr::null_mut(), 0, libc::MSG_DONTWAIT, ptr::null_mut(), ptr::null_mut())
     };
+}
+
+/// Moves this thread to a network namespace.
+fn enter(namespace: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: it takes numbers only, and the descriptor is open.
+    match unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 fn set_option(fd: RawFd, level: i32, option: i32, value: u32) -> io::Result<()> {

@@ -2,7 +2,7 @@
 //! refuses.
 #![forbid(unsafe_code)]
 
-use std::{fmt, io, num::NonZeroU32};
+use std::{fmt, io, num::NonZeroU32, os::fd::BorrowedFd};
 
 use xsk_rs::config::{BindFlags, FrameSize, QueueSize, UmemConfig};
 
@@ -150,6 +150,24 @@ pub struct BusyPoll {
     pub prefer: bool,
 }
 
+/// A queue of an interface.
+#[derive(Clone, Copy, Debug)]
+pub struct Queue<'a> {
+    /// The interface.
+    pub interface: &'a str,
+    /// The queue's number.
+    pub number: u32,
+    /// The network namespace that the interface is in; `None`: this thread's.
+    pub namespace: Option<BorrowedFd<'a>>,
+}
+
+impl<'a> Queue<'a> {
+    /// A queue of an interface in this thread's network namespace.
+    pub fn here(interface: &'a str, number: u32) -> Self {
+        Self { interface, number, namespace: None }
+    }
+}
+
 /// What was got for one queue.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct BindReport {
@@ -265,9 +283,8 @@ pub enum XskError {
     },
 }
 
-/// Opens a worker's ports, in the order of `queues`: (interface, queue), each interface in this
-/// thread's network namespace. They share one UMEM, so a frame received by one can be sent by
-/// another.
+/// Opens a worker's ports, in the order of `queues`, of which the first is in this thread's network
+/// namespace. They share one UMEM, so a frame received by one can be sent by another.
 ///
 /// The UMEM's memory is never freed, since frames may outlive the ports.
 ///
@@ -275,7 +292,7 @@ pub enum XskError {
 /// If the kernel refuses; see [`XskError`].
 pub fn open(
     settings: &Settings,
-    queues: &[(&str, u32)],
+    queues: &[Queue<'_>],
 ) -> Result<(Vec<XskPort>, Pool, Vec<BindReport>), XskError> {
     settings.check(queues.len())?;
     let minted = mint(settings).map_err(|error| umem_error(settings, error))?;
@@ -298,9 +315,9 @@ pub fn open(
         }
     };
     let (ports, pool, why_not_huge_pages) = opened?;
-    let report = |&(interface, queue): &(&str, u32)| BindReport {
-        interface: interface.into(),
-        queue,
+    let report = |queue: &Queue<'_>| BindReport {
+        interface: queue.interface.into(),
+        queue: queue.number,
         copy,
         why_copy: why_copy.clone(),
         huge_pages: why_not_huge_pages.is_none() && settings.huge_pages != HugePages::Never,
@@ -312,7 +329,7 @@ pub fn open(
 /// Opens all ports with or without copying. Also returns why there are no huge pages.
 fn open_as(
     settings: &Settings,
-    queues: &[(&str, u32)],
+    queues: &[Queue<'_>],
     copy: CopyMode,
     minted: &Minted,
 ) -> Result<(Vec<XskPort>, Pool, Option<String>), XskError> {
@@ -346,7 +363,7 @@ fn open_as(
 
 fn with_huge_pages(
     settings: &Settings,
-    queues: &[(&str, u32)],
+    queues: &[Queue<'_>],
     mode: BindFlags,
     minted: &Minted,
 ) -> Result<(Vec<XskPort>, Pool), Failed> {
@@ -376,8 +393,8 @@ fn umem_error(settings: &Settings, error: io::Error) -> XskError {
     }
 }
 
-fn bind_error((interface, queue): (&str, u32), copy: CopyMode, error: io::Error) -> XskError {
-    let interface = interface.to_owned();
+fn bind_error(queue: Queue<'_>, copy: CopyMode, error: io::Error) -> XskError {
+    let (interface, queue) = (queue.interface.to_owned(), queue.number);
     match error.raw_os_error() {
         Some(libc::EPERM | libc::EACCES) => XskError::NotPermitted,
         Some(libc::ENODEV | libc::ENXIO) => XskError::NoInterface(interface),
@@ -397,7 +414,7 @@ mod tests {
     #[test]
     fn a_ring_size_that_is_no_power_of_two_is_named() {
         let settings = Settings { tx_ring: 1000, ..Settings::default() };
-        let error = open(&settings, &[("lo", 0)]).map(|_| ()).unwrap_err();
+        let error = open(&settings, &[Queue::here("lo", 0)]).map(|_| ()).unwrap_err();
         assert!(error.to_string().contains("1000"), "{error}");
     }
 
@@ -405,7 +422,7 @@ mod tests {
     fn a_fill_ring_that_would_never_be_filled_is_refused() {
         for batch in [0, 1025] {
             let settings = Settings { fill_batch: batch, ..Settings::default() };
-            let error = open(&settings, &[("lo", 0)]).map(|_| ()).unwrap_err();
+            let error = open(&settings, &[Queue::here("lo", 0)]).map(|_| ()).unwrap_err();
             assert!(error.to_string().contains("use 1 to 1024"), "{error}");
         }
     }
@@ -413,7 +430,8 @@ mod tests {
     #[test]
     fn frames_that_fill_rings_would_use_up_are_too_few() {
         let settings = Settings { fill_ring: 2048, ..Settings::default() };
-        let error = open(&settings, &[("lo", 0), ("lo", 1)]).map(|_| ()).unwrap_err();
+        let error =
+            open(&settings, &[Queue::here("lo", 0), Queue::here("lo", 1)]).map(|_| ()).unwrap_err();
         assert!(matches!(error, XskError::TooFewFrames { needed: 4224, .. }), "{error}");
     }
 
@@ -421,7 +439,7 @@ mod tests {
     fn every_refusal_that_an_operator_can_cure_says_how() {
         let bind = |errno| {
             let error = io::Error::from_raw_os_error(errno);
-            bind_error(("eth0", 3), CopyMode::Copy, error).to_string()
+            bind_error(Queue::here("eth0", 3), CopyMode::Copy, error).to_string()
         };
         assert!(bind(libc::EPERM).contains("run as root"));
         assert!(bind(libc::ENODEV).contains("no interface eth0"));
