@@ -26,7 +26,6 @@ use dataplane::{
     steer,
     time::Tick,
 };
-use foldhash::HashSet;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::watch,
@@ -39,7 +38,7 @@ use crate::{
     api::{Api, ApiSocket, Changes, Refusal, SocketError, TcpDoor, TcpError},
     causes,
     config::{Config, Exceeded, LoadError, Warning},
-    desired::{Conflict, Desired, Service, join},
+    desired::{Conflict, Desired, Service, TunnelEnds, join},
     health::{Checks, Home, Verdict, Verdicts},
     link::{self, LinkError},
     next_hop::{Hops, NextHopError, NextHops},
@@ -227,6 +226,8 @@ struct Daemon {
     wanted: Wanted,
     interfaces: Vec<Interface>,
     next_hops: NextHops,
+    /// Of what was wanted last, even if it was refused.
+    tunnel_ends: TunnelEnds,
     /// Whose ways are followed.
     vteps: BTreeSet<IpAddr>,
     hops: Hops,
@@ -256,7 +257,9 @@ struct Daemon {
 
 impl Daemon {
     async fn start(mut config: Config, wanted: Wanted) -> Result<Self, RunError> {
-        config.desired = join(&[&wanted.file, &wanted.api], &config.node.vteps())?;
+        let mut tunnel_ends = TunnelEnds::default();
+        let sources: [&[_]; 2] = [&wanted.file, &wanted.api];
+        config.desired = join(&sources, &config.node.vteps(), &mut tunnel_ends)?;
         config.limits.admit(&config.desired)?;
         let names = match &config.node.interfaces[..] {
             [] => vec![link::default_route_interface().await?],
@@ -265,7 +268,7 @@ impl Daemon {
         let links = link::links(&names).await?;
         let interfaces: Vec<Interface> = links.iter().map(interface).collect();
         let next_hops = NextHops::start(links.iter().map(|link| link.device.index).collect())?;
-        let vteps = vteps(&config);
+        let vteps = vteps(&config, &tunnel_ends);
         next_hops.want(&vteps);
         if !next_hops.settled(RESOLVE_TIMEOUT).await {
             warn!("some next hops are still being resolved; starting without them");
@@ -297,6 +300,7 @@ impl Daemon {
             wanted,
             interfaces,
             next_hops,
+            tunnel_ends,
             vteps,
             hops,
             checks,
@@ -378,7 +382,10 @@ impl Daemon {
         // The file may have changed since.
         let joined = match joined.filter(|joined| wanted.is(joined)) {
             Some(joined) => Ok(joined),
-            None => join(&[&wanted.file, &wanted.api], &next.node.vteps()),
+            None => {
+                let sources: [&[_]; 2] = [&wanted.file, &wanted.api];
+                join(&sources, &next.node.vteps(), &mut self.tunnel_ends)
+            }
         };
         let admitted = joined.map_err(RunError::from).and_then(|desired| {
             self.config.limits.admit(&desired)?;
@@ -389,7 +396,8 @@ impl Daemon {
             error!("change refused, the running state stays: {refused}");
             return Err(refused);
         }
-        let vteps = vteps(&next);
+        self.tunnel_ends.follow(&next.desired.services);
+        let vteps = vteps(&next, &self.tunnel_ends);
         let outcome = self.go_over(next, &vteps).await;
         if outcome.is_ok() {
             (self.wanted, self.vteps) = (wanted, vteps);
@@ -731,12 +739,10 @@ pub fn planner(config: &Config) -> Planner {
 }
 
 /// The VTEPs that the kernel has to be asked for: not those that the operator has told all about.
-fn vteps(config: &Config) -> BTreeSet<IpAddr> {
+fn vteps(config: &Config, all: &TunnelEnds) -> BTreeSet<IpAddr> {
     let said = config.next_hops.iter().filter(|hop| hop.interface.is_some());
     let said: BTreeSet<IpAddr> = said.map(|hop| hop.vtep).collect();
-    // Many share one: a hash is cheaper than a comparison for each.
-    let all: HashSet<IpAddr> = config.desired.backends().map(|(_, b)| b.vtep).collect();
-    all.into_iter().filter(|vtep| !said.contains(vtep)).collect()
+    all.iter().filter(|vtep| !said.contains(vtep)).collect()
 }
 
 fn steer_key((address, protocol, port): SteerKey) -> steer::Key {
@@ -772,7 +778,9 @@ mod tests {
         );
         let (config, _) = Config::parse("test", &text).unwrap();
         let asked = ["10.0.0.3", "10.0.0.4"].map(|vtep| vtep.parse().unwrap());
-        assert_eq!(vteps(&config), BTreeSet::from(asked));
+        let mut ends = TunnelEnds::default();
+        ends.follow(&config.desired.services);
+        assert_eq!(vteps(&config, &ends), BTreeSet::from(asked));
     }
 
     #[test]

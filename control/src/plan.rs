@@ -172,7 +172,7 @@ pub struct Planner {
     settings: Settings,
     slots: Slots,
     /// By name, as of the last plan.
-    planned: HashMap<String, Arc<Planned>>,
+    planned: foldhash::HashMap<String, Arc<Planned>>,
     surroundings: Surroundings,
     steer: Arc<BTreeMap<SteerKey, bool>>,
     announced: BTreeSet<IpAddr>,
@@ -285,7 +285,7 @@ impl Planner {
         Self {
             settings,
             slots,
-            planned: HashMap::new(),
+            planned: Default::default(),
             surroundings: Surroundings::default(),
             steer: Arc::default(),
             announced: BTreeSet::new(),
@@ -298,27 +298,31 @@ impl Planner {
     /// If what is wanted can't be. Nothing is changed then.
     pub fn plan(&mut self, inputs: &Inputs<'_>, now: Tick) -> Result<Plan, PlanError> {
         self.slots.free_rested(now);
-        let made = self.services(inputs, now).and_then(|services| {
+        let planned = self.services(inputs, now).and_then(|(services, made)| {
             let forwarding = self.forwarding(inputs, &services)?;
-            Ok((services, forwarding))
+            Ok((services, made, forwarding))
         });
-        let (services, forwarding) = match made {
-            Ok(made) => made,
+        let (services, made, forwarding) = match planned {
+            Ok(planned) => planned,
             Err(refused) => {
                 self.slots.undo();
                 return Err(refused);
             }
         };
         self.slots.keep();
-        self.remember(inputs, &services);
+        self.remember(inputs, &services, &made);
         let placements = services.iter().flat_map(|planned| planned.placements.iter().cloned());
         let drained_at = services.iter().filter_map(|planned| planned.drained_at).min();
         let (steer, announced) = (self.steer.clone(), self.announced.clone());
         Ok(Plan { forwarding, steer, announced, backends: placements.collect(), drained_at })
     }
 
-    /// All services, in order: as they were, or made anew.
-    fn services(&mut self, inputs: &Inputs<'_>, now: Tick) -> Result<Vec<Arc<Planned>>, PlanError> {
+    /// All services, in order: as they were, or made anew. And which are the latter, by their index.
+    fn services(
+        &mut self,
+        inputs: &Inputs<'_>,
+        now: Tick,
+    ) -> Result<(Vec<Arc<Planned>>, Vec<usize>), PlanError> {
         let stale = self.surroundings.stale(inputs);
         let wanted = &inputs.desired.services;
         let before: Vec<Option<Arc<Planned>>> =
@@ -326,16 +330,19 @@ impl Planner {
         // All that is given up is given up before anything is taken: the order must not matter.
         self.give_up(wanted, &before, now);
         let said: Said<'_> = inputs.next_hops.iter().map(|hop| (hop.vtep, hop)).collect();
-        let mut services = Vec::with_capacity(wanted.len());
+        let (mut services, mut made) = (Vec::with_capacity(wanted.len()), Vec::new());
         for (service, before) in wanted.iter().zip(before) {
             services.push(match before {
                 Some(before) if before.stays(service, &stale) && before.is_judged_by(inputs) => {
                     before
                 }
-                before => Arc::new(self.service((inputs, &said), service, before.as_deref())?),
+                before => {
+                    made.push(services.len());
+                    Arc::new(self.service((inputs, &said), service, before.as_deref())?)
+                }
             });
         }
-        Ok(services)
+        Ok((services, made))
     }
 
     /// Lets the slots of backends that are wanted no more rest.
@@ -436,13 +443,18 @@ impl Planner {
         inputs: &Inputs<'_>,
         services: &[Arc<Planned>],
     ) -> Result<Forwarding, ForwardingError> {
-        let mut backends: Vec<Option<forwarding::Backend>> = vec![None; self.slots.end()];
-        for (index, planned) in services.iter().enumerate() {
-            for (backend, placement) in planned.backends.iter().zip(&planned.placements) {
-                let numbered = |backend| forwarding::Backend { service: index as u32, ..backend };
-                backends[placement.slot as usize] = backend.clone().map(numbered);
+        // Each is copied once, for there may be as many as fill the processor's caches.
+        let mut owners: Vec<Option<(u32, u32)>> = vec![None; self.slots.end()];
+        for (index, planned) in (0..).zip(services) {
+            for (at, placement) in (0..).zip(&planned.placements) {
+                owners[placement.slot as usize] = Some((index, at));
             }
         }
+        let backend = |owner: Option<(u32, u32)>| {
+            let (service, at) = owner?;
+            let backend = services[service as usize].backends[at as usize].clone()?;
+            Some(forwarding::Backend { service, ..backend })
+        };
         let service = |planned: &Arc<Planned>| forwarding::Service {
             vips: planned.vips.clone(),
             maglev: planned.maglev.clone(),
@@ -453,17 +465,19 @@ impl Planner {
             answer_arp: inputs.answer_arp,
             maglev_key: self.settings.maglev_key,
         };
+        let backends = owners.into_iter().map(backend);
         Forwarding::new(common, services.iter().map(service).collect(), backends)
     }
 
     /// Notes what the next plan is to start from.
-    fn remember(&mut self, inputs: &Inputs<'_>, services: &[Arc<Planned>]) {
+    fn remember(&mut self, inputs: &Inputs<'_>, services: &[Arc<Planned>], made: &[usize]) {
         let still = self.surroundings.still(inputs);
+        let made = || made.iter().map(|index| &services[*index]);
         let steers_like = |planned: &Arc<Planned>| {
             let before = self.planned.get(&planned.service.name);
-            before.is_some_and(|before| Arc::ptr_eq(before, planned) || before.vips == planned.vips)
+            before.is_some_and(|before| before.vips == planned.vips)
         };
-        let same_vips = services.len() == self.planned.len() && services.iter().all(steers_like);
+        let same_vips = services.len() == self.planned.len() && made().all(steers_like);
         let announced = match inputs.announce {
             true => services.iter().filter(|p| p.serves).map(|p| p.service.vip).collect(),
             false => BTreeSet::new(),
@@ -472,14 +486,8 @@ impl Planner {
             self.steer = Arc::new(steer(inputs, &announced));
         }
         self.announced = announced;
-        for planned in services {
-            match self.planned.get_mut(&planned.service.name) {
-                Some(before) if Arc::ptr_eq(before, planned) => {}
-                Some(before) => *before = planned.clone(),
-                None => {
-                    self.planned.insert(planned.service.name.clone(), planned.clone());
-                }
-            }
+        for planned in made() {
+            self.planned.insert(planned.service.name.clone(), planned.clone());
         }
         if self.planned.len() > services.len() {
             let names: HashSet<&str> = services.iter().map(|p| p.service.name.as_str()).collect();

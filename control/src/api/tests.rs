@@ -76,8 +76,9 @@ struct PlanningDaemon {
 
 impl PlanningDaemon {
     fn want(&mut self, services: &[Arc<crate::desired::Service>]) -> Result<(), Refusal> {
-        let desired = desired::join(&[&self.config.desired.services, services], &[])
-            .map_err(|conflict| Refusal::Impossible(conflict.to_string()))?;
+        let desired =
+            desired::join(&[&self.config.desired.services, services], &[], &mut Default::default())
+                .map_err(|conflict| Refusal::Impossible(conflict.to_string()))?;
         let inputs = Inputs {
             desired: &desired,
             hops: &Default::default(),
