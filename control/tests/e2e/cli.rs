@@ -202,7 +202,9 @@ fn a_service_lives_on_the_command_line() {
         asked("service create --name x --vip 203.0.113.10 --publish published=80,target=8080");
     assert_eq!(usage.0, Some(2));
     assert!(usage.2.contains("mode dsr") && usage.2.contains("has to be 80"), "{}", usage.2);
-    assert_eq!(done("service rm web"), "web removed\n");
+    let (code, said, complaint) = asked("service rm nobody web noone");
+    assert_eq!((code, &*said), (Some(3), "web removed\n"));
+    assert!(complaint.contains("`nobody`") && complaint.contains("`noone`"), "{complaint}");
     assert_eq!(done("service ls").lines().count(), 1);
 }
 
