@@ -25,9 +25,10 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
+    io::{self, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     sync::{Semaphore, watch},
     task::spawn_blocking,
+    time,
 };
 use tokio_io_timeout::TimeoutWriter;
 use tracing::debug;
@@ -55,6 +56,9 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
 /// Largest body of a request, in bytes: a service of some ten thousand backends.
 const MAX_BODY: usize = 4 << 20;
+/// How much of what nobody wants to know a client may still send after its last answer, in bytes, and how long.
+const MAX_LINGER: u64 = 16 * MAX_BODY as u64;
+const LINGER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What handlers work with.
 #[derive(Clone)]
@@ -154,10 +158,23 @@ async fn answer(router: Router, client: impl AsyncRead + AsyncWrite, read_timeou
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_TIMEOUT)
         .serve_connection(TokioIo::new(client), TowerToHyperService::new(router))
+        .without_shutdown()
         .await;
-    if let Err(error) = served {
-        debug!("a client of the API is gone: {error}");
+    match served {
+        Ok(parts) => linger(parts.io.into_inner()).await,
+        Err(error) => debug!("a client of the API is gone: {error}"),
     }
+}
+
+/// Closes in stages, RFC 9112 section 9.6. Who is refused while still writing, its body being too large, would
+/// else see a broken pipe or a reset, and never our answer.
+async fn linger(mut client: impl AsyncRead + AsyncWrite + Unpin) {
+    let closing = async {
+        client.shutdown().await?;
+        io::copy(&mut client.take(MAX_LINGER), &mut io::sink()).await
+    };
+    // However it ends: the answer was given.
+    let _ = time::timeout(LINGER_TIMEOUT, closing).await;
 }
 
 #[cfg(test)]

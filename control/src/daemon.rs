@@ -27,7 +27,6 @@ use dataplane::{
     publish::{Generation, Publisher},
     time::Tick,
 };
-use foldhash::HashSet;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::watch,
@@ -40,7 +39,7 @@ use crate::{
     api::{Api, ApiSocket, Changes, Refusal, SocketError, TcpDoor, TcpError},
     causes,
     config::{self, Config, Exceeded, LoadError, Warning},
-    desired::{Conflict, Desired, Overlay, Service, Vip, join},
+    desired::{Conflict, Desired, Overlay, Service, TunnelEnds, Vip, join},
     health::{Checks, Home, Verdict, Verdicts},
     link::{self, LinkError},
     local::{FAR_ADDRESS, Limits, LocalClients, LocalLink, LocalLinkError, Refused},
@@ -229,8 +228,8 @@ struct Wanted {
 }
 
 impl Wanted {
-    fn join(&self, vteps: &[IpAddr]) -> Result<Desired, Conflict> {
-        join(&[&self.file, &self.api], &self.overlays, vteps)
+    fn join(&self, vteps: &[IpAddr], ends: &mut TunnelEnds) -> Result<Desired, Conflict> {
+        join(&[&self.file, &self.api], &self.overlays, vteps, ends)
     }
 
     /// Whether these are the very same services, in the same overlays.
@@ -253,6 +252,8 @@ struct Daemon {
     /// Connections of mode `nat`.
     nat: Arc<nat::Slots>,
     next_hops: NextHops,
+    /// Of what was wanted last, even if it was refused.
+    tunnel_ends: TunnelEnds,
     /// Whose ways are followed.
     vteps: BTreeSet<IpAddr>,
     hops: Hops,
@@ -289,7 +290,8 @@ struct Daemon {
 
 impl Daemon {
     async fn start(mut config: Config, wanted: Wanted) -> Result<Self, RunError> {
-        config.desired = wanted.join(&config.node.vteps())?;
+        let mut tunnel_ends = TunnelEnds::default();
+        config.desired = wanted.join(&config.node.vteps(), &mut tunnel_ends)?;
         let names = match &config.node.interfaces[..] {
             [] => vec![link::default_route_interface().await?],
             names => names.to_vec(),
@@ -302,7 +304,8 @@ impl Daemon {
         config.limits.admit(&config.desired, &addresses)?;
         let interfaces = interfaces(&links, local_link.as_ref());
         let next_hops = NextHops::start(links.iter().map(|link| link.device.index).collect())?;
-        let vteps = vteps(&config, if local_link.is_some() { &addresses } else { &[] });
+        let home: &[_] = if local_link.is_some() { &addresses } else { &[] };
+        let vteps = vteps(&config, &tunnel_ends, home);
         next_hops.want(&vteps);
         if !next_hops.settled(RESOLVE_TIMEOUT).await {
             warn!("some next hops are still being resolved; starting without them");
@@ -337,6 +340,7 @@ impl Daemon {
             addresses,
             nat,
             next_hops,
+            tunnel_ends,
             vteps,
             hops,
             checks,
@@ -425,7 +429,7 @@ impl Daemon {
         // The file may have changed since.
         let joined = match joined.filter(|joined| wanted.is(joined)) {
             Some(joined) => Ok(joined),
-            None => wanted.join(&next.node.vteps()),
+            None => wanted.join(&next.node.vteps(), &mut self.tunnel_ends),
         };
         let admitted = joined.map_err(RunError::from).and_then(|desired| {
             self.config.limits.admit(&desired, &self.addresses)?;
@@ -436,7 +440,9 @@ impl Daemon {
             error!("change refused, the running state stays: {refused}");
             return Err(refused);
         }
-        let vteps = vteps(&next, if self.local_link.is_some() { &self.addresses } else { &[] });
+        self.tunnel_ends.follow(&next.desired.services);
+        let home: &[_] = if self.local_link.is_some() { &self.addresses } else { &[] };
+        let vteps = vteps(&next, &self.tunnel_ends, home);
         let outcome = self.go_over(next, &vteps).await;
         if outcome.is_ok() {
             let first_overlay = self.wanted.overlays.is_empty() && !wanted.overlays.is_empty();
@@ -875,12 +881,10 @@ pub fn planner(config: &Config) -> Planner {
 
 /// The VTEPs that the kernel has to be asked for: not those that the operator has told all about, nor those
 /// that are at `home`, this node's own if there is a way to them.
-fn vteps(config: &Config, home: &[IpAddr]) -> BTreeSet<IpAddr> {
+fn vteps(config: &Config, all: &TunnelEnds, home: &[IpAddr]) -> BTreeSet<IpAddr> {
     let said = config.next_hops.iter().filter(|hop| hop.interface.is_some());
     let said: BTreeSet<IpAddr> = said.map(|hop| hop.vtep).chain(home.iter().copied()).collect();
-    // Many share one: a hash is cheaper than a comparison for each.
-    let all: HashSet<IpAddr> = config.desired.backends().map(|(_, b)| b.vtep).collect();
-    all.into_iter().filter(|vtep| !said.contains(vtep)).collect()
+    all.iter().filter(|vtep| !said.contains(vtep)).collect()
 }
 
 fn log_warnings(warnings: &[Warning]) {
@@ -912,7 +916,9 @@ mod tests {
         );
         let (config, _) = Config::parse("test", &text).unwrap();
         let asked = ["10.0.0.3", "10.0.0.4"].map(|vtep| vtep.parse().unwrap());
-        assert_eq!(vteps(&config, &[]), BTreeSet::from(asked));
+        let mut ends = TunnelEnds::default();
+        ends.follow(&config.desired.services);
+        assert_eq!(vteps(&config, &ends, &[]), BTreeSet::from(asked));
     }
 
     #[test]

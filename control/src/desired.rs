@@ -11,7 +11,7 @@ use std::{
 
 use clap::ValueEnum;
 use dataplane::{flow::protocol, wire::ethernet::MacAddr};
-use foldhash::{HashMap, HashMapExt};
+use foldhash::HashMap;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -493,21 +493,70 @@ impl fmt::Display for Conflict {
     }
 }
 
+/// Where the tunnels of some services end. Of services that are nearly the same next time, only the others
+/// are looked at: there may be a hundred thousand tunnels, and memory is slow.
+#[derive(Clone, Debug, Default)]
+pub struct TunnelEnds {
+    services: Vec<Arc<Service>>,
+    /// How many end at each.
+    ends: HashMap<IpAddr, usize>,
+}
+
+impl TunnelEnds {
+    /// Goes over to these services. All that differ are counted again, and those between them.
+    pub fn follow(&mut self, services: &[Arc<Service>]) {
+        let same = |(one, other): &(&Arc<Service>, &Arc<Service>)| Arc::ptr_eq(one, other);
+        let front = self.services.iter().zip(services).take_while(same).count();
+        let (gone, new) = (&self.services[front..], &services[front..]);
+        let back = gone.iter().rev().zip(new.iter().rev()).take_while(same).count();
+        let (gone, new) = (&gone[..gone.len() - back], &new[..new.len() - back]);
+        for end in ends(new) {
+            *self.ends.entry(end).or_default() += 1;
+        }
+        for end in ends(gone) {
+            let count = self.ends.get_mut(&end).expect("it was counted");
+            *count -= 1;
+            if *count == 0 {
+                self.ends.remove(&end);
+            }
+        }
+        self.services = services.to_vec();
+    }
+
+    /// All of them, each once.
+    pub fn iter(&self) -> impl Iterator<Item = IpAddr> {
+        self.ends.keys().copied()
+    }
+
+    /// Whether one ends there.
+    pub fn contains(&self, address: IpAddr) -> bool {
+        self.ends.contains_key(&address)
+    }
+}
+
+fn ends(services: &[Arc<Service>]) -> impl Iterator<Item = IpAddr> {
+    services.iter().flat_map(|service| service.backends.iter().map(|backend| backend.vtep))
+}
+
 /// The services of all sources together, in these overlays. `vteps` are this node's own ends of tunnels.
+/// `tunnel_ends` are best those of a similar state, and become those of this one.
 ///
 /// # Errors
-/// The first conflict.
+/// A conflict, if there is any.
 pub fn join(
     sources: &[&[Arc<Service>]],
     overlays: &[Overlay],
     vteps: &[IpAddr],
+    tunnel_ends: &mut TunnelEnds,
 ) -> Result<Desired, Conflict> {
     let services: Vec<Arc<Service>> = sources.concat();
+    tunnel_ends.follow(&services);
     let claimant = |service: &Service| (service.owner, service.name.clone());
     let conflict = |claim, one: &Service, other: &Service| {
         Err(Conflict { claim, one: claimant(one), other: Some(claimant(other)) })
     };
-    let (mut names, mut ports, mut vips) = (HashMap::new(), HashMap::new(), HashMap::new());
+    let mut names = HashMap::with_capacity_and_hasher(services.len(), Default::default());
+    let mut ports = HashMap::with_capacity_and_hasher(services.len(), Default::default());
     for service in &services {
         if let Some(first) = names.insert(service.name.as_str(), service) {
             return conflict(Claim::Name, first, service);
@@ -518,20 +567,15 @@ pub fn join(
             }
         }
         // What is translated may well be at this node's own address.
-        if let (Mode::Dsr, Some(address)) = (service.mode, service.vip.address()) {
-            vips.insert(address, service);
+        if let (Mode::Dsr, Some(vip)) = (service.mode, service.vip.address())
+            && (vteps.contains(&vip) || tunnel_ends.contains(vip))
+        {
+            let ends_there = |other: &&Arc<Service>| other.backends.iter().any(|b| b.vtep == vip);
+            let other = services.iter().find(ends_there).filter(|_| !vteps.contains(&vip));
+            let other = other.map(|other| claimant(other));
+            return Err(Conflict { claim: Claim::TunnelEnd(vip), one: claimant(service), other });
         }
         in_mesh(service, overlays)?;
-    }
-    let own = vteps.iter().map(|vtep| (*vtep, None));
-    let tunnels = services.iter().flat_map(|service| {
-        service.backends.iter().map(move |backend| (backend.vtep, Some(service)))
-    });
-    for (vtep, service) in own.chain(tunnels) {
-        if let Some(at) = vips.get(&vtep) {
-            let other = service.map(|service| claimant(service));
-            return Err(Conflict { claim: Claim::TunnelEnd(vtep), one: claimant(at), other });
-        }
     }
     for (index, overlay) in overlays.iter().enumerate() {
         if let Some(first) = overlays[..index].iter().find(|first| first.vni == overlay.vni) {
@@ -570,6 +614,10 @@ pub fn tunnel_port(service: &Service, overlays: &[Overlay]) -> Option<u16> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
     use super::*;
 
     fn service(owner: Owner, name: &str, vip: &str, port: u16, vtep: &str) -> Arc<Service> {
@@ -621,7 +669,8 @@ mod tests {
             port: 4789,
         };
         let joined = |service: Arc<Service>, overlays: &[Overlay]| {
-            join(&[&[service]], overlays, &[]).map(|desired| desired.overlays.len())
+            join(&[&[service]], overlays, &[], &mut Default::default())
+                .map(|desired| desired.overlays.len())
         };
         let one = [overlay.clone()];
         assert_eq!(joined(nat(100, "80:8080/tcp", "10.99.1.2"), &one), Ok(1));
@@ -657,9 +706,10 @@ mod tests {
     fn what_two_sources_want_stands_side_by_side_or_is_refused_with_a_sentence() {
         let file = [service(Owner::File, "web", "192.0.2.1", 80, "10.0.0.2")];
         let own = ["10.0.0.1".parse().unwrap()];
-        let joined = |name: &str, vip: &str, port, vtep: &str| {
+        let mut ends = TunnelEnds::default();
+        let mut joined = |name: &str, vip: &str, port, vtep: &str| {
             let api = [service(Owner::Api, name, vip, port, vtep)];
-            join(&[&file, &api], &[], &own).map(|desired| desired.services.len())
+            join(&[&file, &api], &[], &own, &mut ends).map(|desired| desired.services.len())
         };
         assert_eq!(joined("shop", "192.0.2.1", 81, "10.0.0.2"), Ok(2));
         for (name, vip, port, vtep, sentence) in [
@@ -700,6 +750,25 @@ mod tests {
             ),
         ] {
             assert_eq!(joined(name, vip, port, vtep).unwrap_err().to_string(), sentence);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_followed_from_state_to_state_is_what_is_there(
+            states in prop::collection::vec(prop::collection::vec(0..12_usize, 0..8), 1..12),
+        ) {
+            // Several tunnels of several services end at one node.
+            let all: Vec<_> = (0..12)
+                .map(|i| service(Owner::Api, "web", "192.0.2.1", 80, &format!("10.0.0.{}", i / 3)))
+                .collect();
+            let mut followed = TunnelEnds::default();
+            for state in states {
+                let state: Vec<_> = state.into_iter().map(|i| all[i].clone()).collect();
+                followed.follow(&state);
+                let there: BTreeSet<IpAddr> = ends(&state).collect();
+                prop_assert_eq!(followed.iter().collect::<BTreeSet<_>>(), there);
+            }
         }
     }
 }

@@ -201,7 +201,7 @@ pub struct Planner {
     settings: Settings,
     slots: Slots,
     /// By name, as of the last plan.
-    planned: HashMap<String, Arc<Planned>>,
+    planned: foldhash::HashMap<String, Arc<Planned>>,
     surroundings: Surroundings,
     steer: Arc<Steering>,
     banks: Banks,
@@ -326,7 +326,7 @@ impl Planner {
         Self {
             settings,
             slots,
-            planned: HashMap::new(),
+            planned: Default::default(),
             surroundings: Surroundings::default(),
             steer: Arc::default(),
             banks: Banks::default(),
@@ -340,13 +340,13 @@ impl Planner {
     /// If what is wanted can't be. Nothing is changed then.
     pub fn plan(&mut self, inputs: &Inputs<'_>, now: Tick) -> Result<Plan, PlanError> {
         self.slots.free_rested(now);
-        let made = self.services(inputs, now).and_then(|services| {
+        let planned = self.services(inputs, now).and_then(|(services, made)| {
             let (overlays, banks) = self.overlays(inputs)?;
             let forwarding = self.forwarding((inputs, overlays), &services)?;
-            Ok((services, forwarding, banks))
+            Ok((services, made, forwarding, banks))
         });
-        let (services, forwarding, banks) = match made {
-            Ok(made) => made,
+        let (services, made, forwarding, banks) = match planned {
+            Ok(planned) => planned,
             Err(refused) => {
                 self.slots.undo();
                 return Err(refused);
@@ -354,15 +354,19 @@ impl Planner {
         };
         self.slots.keep();
         self.banks = banks;
-        self.remember(inputs, &services);
+        self.remember(inputs, &services, &made);
         let placements = services.iter().flat_map(|planned| planned.placements.iter().cloned());
         let drained_at = services.iter().filter_map(|planned| planned.drained_at).min();
         let (steer, announced) = (self.steer.clone(), self.announced.clone());
         Ok(Plan { forwarding, steer, announced, backends: placements.collect(), drained_at })
     }
 
-    /// All services, in order: as they were, or made anew.
-    fn services(&mut self, inputs: &Inputs<'_>, now: Tick) -> Result<Vec<Arc<Planned>>, PlanError> {
+    /// All services, in order: as they were, or made anew. And which are the latter, by their index.
+    fn services(
+        &mut self,
+        inputs: &Inputs<'_>,
+        now: Tick,
+    ) -> Result<(Vec<Arc<Planned>>, Vec<usize>), PlanError> {
         let stale = self.surroundings.stale(inputs);
         let wanted = &inputs.desired.services;
         let before: Vec<Option<Arc<Planned>>> =
@@ -371,19 +375,20 @@ impl Planner {
         self.give_up(wanted, &before, now);
         let said: Said<'_> = inputs.next_hops.iter().map(|hop| (hop.vtep, hop)).collect();
         let named = named(inputs);
-        let mut services = Vec::with_capacity(wanted.len());
+        let (mut services, mut made) = (Vec::with_capacity(wanted.len()), Vec::new());
         for (service, before) in wanted.iter().zip(before) {
             services.push(match before {
                 Some(before) if before.stays(service, &stale) && before.is_judged_by(inputs) => {
                     before
                 }
                 before => {
+                    made.push(services.len());
                     let vips = vips(inputs, &named, service);
                     Arc::new(self.service((inputs, &said), (service, vips), before.as_deref())?)
                 }
             });
         }
-        Ok(services)
+        Ok((services, made))
     }
 
     /// Lets the slots of backends that are wanted no more rest.
@@ -521,12 +526,12 @@ impl Planner {
         (inputs, overlays): (&Inputs<'_>, Vec<forwarding::Overlay>),
         services: &[Arc<Planned>],
     ) -> Result<Forwarding, ForwardingError> {
-        let mut backends: Vec<Option<forwarding::Backend>> = vec![None; self.slots.end()];
+        // Each is copied once, for there may be as many as fill the processor's caches.
+        let mut owners: Vec<Option<(u32, u32)>> = vec![None; self.slots.end()];
         let mut tasks = vec![Address::default(); self.slots.end()];
-        for (index, planned) in services.iter().enumerate() {
-            for (backend, placement) in planned.backends.iter().zip(&planned.placements) {
-                let numbered = |backend| forwarding::Backend { service: index as u32, ..backend };
-                backends[placement.slot as usize] = backend.clone().map(numbered);
+        for (index, planned) in (0..).zip(services) {
+            for (at, placement) in (0..).zip(&planned.placements) {
+                owners[placement.slot as usize] = Some((index, at));
             }
             let service = &planned.service;
             let translated = service.backends.iter().filter(|_| service.mode == Mode::Nat);
@@ -535,6 +540,11 @@ impl Planner {
                     backend.address.map(Address::from).unwrap_or_default();
             }
         }
+        let backend = |owner: Option<(u32, u32)>| {
+            let (service, at) = owner?;
+            let backend = services[service as usize].backends[at as usize].clone()?;
+            Some(forwarding::Backend { service, ..backend })
+        };
         let service = |planned: &Arc<Planned>| forwarding::Service {
             vips: planned.vips.clone(),
             maglev: planned.maglev.clone(),
@@ -548,17 +558,19 @@ impl Planner {
             overlays,
             tasks,
         };
+        let backends = owners.into_iter().map(backend);
         Forwarding::new(common, services.iter().map(service).collect(), backends)
     }
 
     /// Notes what the next plan is to start from.
-    fn remember(&mut self, inputs: &Inputs<'_>, services: &[Arc<Planned>]) {
+    fn remember(&mut self, inputs: &Inputs<'_>, services: &[Arc<Planned>], made: &[usize]) {
         let still = self.surroundings.still(inputs);
+        let made = || made.iter().map(|index| &services[*index]);
         let steers_like = |planned: &Arc<Planned>| {
             let before = self.planned.get(&planned.service.name);
-            before.is_some_and(|before| Arc::ptr_eq(before, planned) || before.vips == planned.vips)
+            before.is_some_and(|before| before.vips == planned.vips)
         };
-        let same_vips = services.len() == self.planned.len() && services.iter().all(steers_like);
+        let same_vips = services.len() == self.planned.len() && made().all(steers_like);
         let announced = match inputs.announce {
             true => services
                 .iter()
@@ -571,14 +583,8 @@ impl Planner {
             self.steer = Arc::new(steer((inputs, &self.banks), services, &announced));
         }
         self.announced = announced;
-        for planned in services {
-            match self.planned.get_mut(&planned.service.name) {
-                Some(before) if Arc::ptr_eq(before, planned) => {}
-                Some(before) => *before = planned.clone(),
-                None => {
-                    self.planned.insert(planned.service.name.clone(), planned.clone());
-                }
-            }
+        for planned in made() {
+            self.planned.insert(planned.service.name.clone(), planned.clone());
         }
         if self.planned.len() > services.len() {
             let names: HashSet<&str> = services.iter().map(|p| p.service.name.as_str()).collect();

@@ -206,18 +206,15 @@ pub struct Common {
 }
 
 impl Forwarding {
-    /// Builds a snapshot. `backends` is indexed by slot.
+    /// Builds a snapshot. `backends` come in the order of their slots.
     ///
     /// # Errors
     /// If two services claim one VIP, or there are more than [`MAX_BACKENDS`] slots.
     pub fn new(
         common: Common,
         services: Vec<Service>,
-        backends: Vec<Option<Backend>>,
+        backends: impl IntoIterator<Item = Option<Backend>>,
     ) -> Result<Self, ForwardingError> {
-        if backends.len() > MAX_BACKENDS {
-            return Err(ForwardingError::TooManyBackends(backends.len()));
-        }
         let vips = VipTable::new(&services, &common.overlays)?;
         let place = |backend: Backend| {
             let service = services.get(backend.service as usize);
@@ -226,7 +223,10 @@ impl Forwarding {
             let vip = service.and_then(|service| service.vips.first()).unwrap_or(&none);
             Placed { address: vip.address, ports: vip.ports(), backend }
         };
-        let backends = backends.into_iter().map(|backend| backend.map(place)).collect();
+        let backends: Vec<_> = backends.into_iter().map(|backend| backend.map(place)).collect();
+        if backends.len() > MAX_BACKENDS {
+            return Err(ForwardingError::TooManyBackends(backends.len()));
+        }
         let Common { links, answer_arp, maglev_key, overlays, tasks } = common;
         Ok(Self { vips, services, backends, links, answer_arp, maglev_key, overlays, tasks })
     }

@@ -16,7 +16,7 @@ use super::{Problem, resource};
 use crate::{
     causes,
     config::{Limits, Remark, ServiceSpec},
-    desired::{Claim, Conflict, Desired, OutOfMesh, Owner, Service, Vip, join},
+    desired::{Claim, Conflict, Desired, OutOfMesh, Owner, Service, TunnelEnds, Vip, join},
     source::api::{Services, Store, StoreError},
     view::View,
 };
@@ -82,6 +82,7 @@ pub struct Writer {
     store: Option<Store>,
     services: Services,
     limits: Limits,
+    tunnel_ends: TunnelEnds,
     views: watch::Receiver<Arc<View>>,
     daemon: mpsc::Sender<Wanted>,
 }
@@ -96,7 +97,8 @@ impl Changes {
     ) -> (Self, mpsc::Receiver<Wanted>) {
         let (changes, mut requests) = mpsc::channel::<Request>(QUEUE);
         let (daemon, wanted) = mpsc::channel(1);
-        let mut writer = Writer { store: Some(store), services, limits, views, daemon };
+        let (store, tunnel_ends) = (Some(store), TunnelEnds::default());
+        let mut writer = Writer { store, services, limits, tunnel_ends, views, daemon };
         tokio::spawn(async move {
             while let Some(request) = requests.recv().await {
                 let outcome = writer.change(request.change).await;
@@ -140,25 +142,11 @@ impl Writer {
                 (name, None)
             }
         };
-        let mut next = self.services.clone();
-        let old = match &new {
-            Some(service) => next.insert(name.clone(), service.clone()),
-            None => next.remove(&name),
-        };
-        let joined = self.can_be(&next, new.as_deref())?;
-        let taken_over = match self.keep(&name, new.as_ref()).await {
-            Ok(()) => self.hand_over(&next, joined).await,
-            Err(refusal) => Err(refusal),
-        };
-        if let Err(refusal) = taken_over {
-            // It may be durable, and must not come to life after a restart.
-            if let Err(stuck) = self.keep(&name, old.as_ref()).await {
-                let why = stuck.detail;
-                error!(service = name, "refused, but a restart may bring it back: {why}");
-            }
+        let old = self.put(&name, new.clone());
+        if let Err(refusal) = self.make_so(&name, new.as_ref(), old.as_ref()).await {
+            self.put(&name, old);
             return Err(refusal);
         }
-        self.services = next;
         let done = match (&old, &new) {
             (None, _) => "created",
             (Some(_), Some(_)) => "updated",
@@ -166,6 +154,36 @@ impl Writer {
         };
         info!(service = name, "{done} by the API");
         Ok(())
+    }
+
+    /// Puts a service in its place, or nobody. Returns who was there.
+    fn put(&mut self, name: &str, service: Option<Arc<Service>>) -> Option<Arc<Service>> {
+        match service {
+            Some(service) => self.services.insert(name.to_owned(), service),
+            None => self.services.remove(name),
+        }
+    }
+
+    /// Makes what is wanted now durable, and has it taken over.
+    async fn make_so(
+        &mut self,
+        name: &str,
+        new: Option<&Arc<Service>>,
+        old: Option<&Arc<Service>>,
+    ) -> Result<(), Problem> {
+        let joined = self.can_be(new.map(|new| &**new))?;
+        let taken_over = match self.keep(name, new).await {
+            Ok(()) => self.hand_over(joined).await,
+            Err(refusal) => Err(refusal),
+        };
+        if taken_over.is_err()
+            // It may be durable, and must not come to life after a restart.
+            && let Err(stuck) = self.keep(name, old).await
+        {
+            let why = stuck.detail;
+            error!(service = name, "refused, but a restart may bring it back: {why}");
+        }
+        taken_over
     }
 
     fn is_free(&self, service: &Service) -> Result<(), Problem> {
@@ -206,11 +224,12 @@ impl Writer {
     }
 
     /// These beside the others' services, if they can stand there and there is room for them.
-    fn can_be(&self, next: &Services, new: Option<&Service>) -> Result<Desired, Problem> {
+    fn can_be(&mut self, new: Option<&Service>) -> Result<Desired, Problem> {
         let view = self.views.borrow().clone();
         let others: Vec<_> = view.desired.others(Owner::Api).cloned().collect();
-        let next: Vec<_> = next.values().cloned().collect();
-        let joined = join(&[&others, &next], &view.desired.overlays, &view.vteps);
+        let own: Vec<_> = self.services.values().cloned().collect();
+        let (overlays, ends) = (&view.desired.overlays, &mut self.tunnel_ends);
+        let joined = join(&[&others, &own], overlays, &view.vteps, ends);
         let joined = joined.map_err(|conflict| conflict_problem(&conflict, new))?;
         let exceeded = |error| Problem::new(StatusCode::CONFLICT, format!("{error}"));
         self.limits.admit(&joined, &view.addresses).map_err(exceeded)?;
@@ -238,9 +257,10 @@ impl Writer {
         })
     }
 
-    async fn hand_over(&self, services: &Services, joined: Desired) -> Result<(), Problem> {
+    async fn hand_over(&self, joined: Desired) -> Result<(), Problem> {
         let (outcome, told) = oneshot::channel();
-        let wanted = Wanted { services: services.values().cloned().collect(), joined, outcome };
+        let services = self.services.values().cloned().collect();
+        let wanted = Wanted { services, joined, outcome };
         let _ = self.daemon.send(wanted).await;
         match told.await {
             Ok(Ok(())) => Ok(()),

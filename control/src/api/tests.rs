@@ -80,7 +80,7 @@ struct PlanningDaemon {
 impl PlanningDaemon {
     fn want(&mut self, services: &[Arc<crate::desired::Service>]) -> Result<(), Refusal> {
         let Desired { services: file, overlays } = &self.config.desired;
-        let desired = desired::join(&[file, services], overlays, &[])
+        let desired = desired::join(&[file, services], overlays, &[], &mut Default::default())
             .map_err(|conflict| Refusal::Impossible(conflict.to_string()))?;
         let inputs = Inputs {
             desired: &desired,
@@ -195,19 +195,8 @@ impl Rig {
 
     /// Asks by hand: the status, and the body if it is JSON.
     fn ask(&self, line: &str, head: &str, body: &str) -> (u16, Value) {
-        use std::io::{Read, Write};
-        let mut client = std::os::unix::net::UnixStream::connect(self.socket()).unwrap();
-        let length = body.len();
-        write!(
-            client,
-            "{line} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n\
-             {head}\r\n\r\n{body}"
-        )
-        .unwrap();
-        let mut answer = String::new();
-        client.read_to_string(&mut answer).unwrap();
-        let (_, body) = answer.split_once("\r\n\r\n").unwrap();
-        (answer[9..12].parse().unwrap(), serde_json::from_str(body).unwrap_or_default())
+        let client = std::os::unix::net::UnixStream::connect(self.socket()).unwrap();
+        asked(client, line, head, body)
     }
 
     fn create(&self, service: &Value) -> Result<String, Problem> {
@@ -356,6 +345,26 @@ fn metrics_are_numbers_with_words_and_their_series_are_bounded() {
 }
 
 /// A service of one backend.
+/// Asks by hand, and writes all of it whatever is answered: the status, and the body if it is JSON.
+fn asked(
+    mut client: impl std::io::Read + std::io::Write,
+    line: &str,
+    head: &str,
+    body: &str,
+) -> (u16, Value) {
+    let length = body.len();
+    write!(
+        client,
+        "{line} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
+         Content-Length: {length}\r\n{head}\r\n\r\n{body}"
+    )
+    .unwrap();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).unwrap();
+    let (_, body) = answer.split_once("\r\n\r\n").unwrap();
+    (answer[9..12].parse().unwrap(), serde_json::from_str(body).unwrap_or_default())
+}
+
 fn shop(vip: &str, ports: &[&str], weight: u16) -> Value {
     json!({
         "name": "shop", "vip": vip, "ports": ports, "vni": 7,
@@ -600,6 +609,43 @@ fn a_body_that_is_wrong_is_refused_by_the_field() {
         assert_eq!(was, status);
         assert!(problem["detail"].as_str().unwrap().starts_with(detail), "{problem}");
     }
+}
+
+#[test]
+fn who_sends_too_much_is_told_so_however_far_it_writes() {
+    let text = CONFIG.replace("node.name = \"n1\"", "");
+    let rig = Rig::new(&format!("[api]\nlisten = [\"127.0.0.1:0\"]\n{text}"));
+    let much = " ".repeat(4 * MAX_BODY);
+    for (head, status) in
+        [("Content-Type: application/json", 413), ("Content-Type: text/plain", 415)]
+    {
+        for _ in 0..10 {
+            assert_eq!(rig.ask("POST /v1/services", head, &much).0, status);
+            let client = std::net::TcpStream::connect(rig.addresses[0]).unwrap();
+            assert_eq!(asked(client, "POST /v1/services", head, &much).0, status);
+        }
+    }
+    let refused = rig.create(&json!({ "name": much })).unwrap_err();
+    assert_eq!(refused.detail, "the body is too large: 4194304 bytes at most");
+}
+
+#[tokio::test]
+async fn a_client_that_never_stops_writing_is_left_in_the_end() {
+    let router = Router::new().fallback(|| async { "enough" });
+    let (client, server) = tokio::io::duplex(1 << 16);
+    let (mut answers, mut endless) = tokio::io::split(client);
+    let writing = async {
+        use tokio::io::AsyncWriteExt;
+        let head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n";
+        endless.write_all(head).await.unwrap();
+        while endless.write_all(&[b' '; 1 << 16]).await.is_ok() {}
+    };
+    let mut answer_text = String::new();
+    let reading = tokio::io::AsyncReadExt::read_to_string(&mut answers, &mut answer_text);
+    let serving = answer(router, server, Duration::from_secs(10));
+    let all = futures_util::future::join3(serving, writing, reading);
+    tokio::time::timeout(Duration::from_secs(60), all).await.expect("it is let go").2.unwrap();
+    assert!(answer_text.ends_with("enough"), "{answer_text}");
 }
 
 #[test]

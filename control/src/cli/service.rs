@@ -12,7 +12,7 @@ use miette::{Report, miette};
 use serde::Serialize;
 
 use super::{
-    Daemon, complain,
+    Complaint, Daemon, complain,
     health::Health,
     print, say,
     show::{Listed, Processes},
@@ -65,7 +65,8 @@ pub enum Command {
     Update(Box<Update>),
     /// Remove services
     ///
-    /// Their connections are dropped. To let them end, drain the backends first.
+    /// Their connections are dropped. To let them end, drain the backends first. If one can't be removed, the
+    /// others are all the same; the exit code tells why the last one could not be.
     #[command(visible_alias = "remove")]
     Rm {
         /// The services
@@ -338,13 +339,23 @@ pub fn execute(command: Command) -> Result<(), Report> {
         }
         Command::Rm { names, daemon } => {
             let client = daemon.client()?;
+            let mut refused: Option<Report> = None;
             for name in names {
-                client.change::<()>(Method::DELETE, &path(&name), None::<&()>, Some("*"))?;
-                if !daemon.json {
-                    say(format_args!("{name} removed"))?;
+                match client.change::<()>(Method::DELETE, &path(&name), None::<&()>, Some("*")) {
+                    Ok(()) if daemon.json => {}
+                    Ok(()) => say(format_args!("{name} removed"))?,
+                    Err(error) => {
+                        let is_its_own = matches!(error, ClientError::Refused(_));
+                        if let Some(earlier) = refused.replace(error.into()) {
+                            complain(format_args!("{}", Complaint(&earlier)));
+                        }
+                        if !is_its_own {
+                            break;
+                        }
+                    }
                 }
             }
-            Ok(())
+            refused.map_or(Ok(()), Err)
         }
     }
 }

@@ -5,7 +5,9 @@ use std::{fs, io::Write, process::Stdio, thread, time::Duration};
 use serde_json::{Value, json};
 
 use crate::{
-    client::{Held, Load, NO_ERRORS, VIP4, get, load, parse, start_holding, start_load},
+    client::{
+        Held, Load, NO_ERRORS, VIP4, assert_drains, get, load, parse, start_holding, start_load,
+    },
     daemon::Daemon,
     lab::{Lab, bounded, wait_until},
 };
@@ -64,13 +66,7 @@ fn a_service_lives_from_create_to_drain_to_rm() {
     let version = created["version"].as_str().unwrap();
     let (status, drained) = daemon.call("PUT", "/v1/services/web", &web([1, 0]), version);
     assert_eq!((status, &drained["backends"]["draining"]), (200, &json!(1)), "{drained}");
-    let after = load(&lab, VIP4, 200);
-    assert!(after.errors.is_empty() && !after.backends.contains_key("b2"), "{after:?}");
-    let load: Load = parse(&loading.finish());
-    assert!(load.errors.is_empty() && load.ok > 100, "{load:?}");
-    let held: Vec<Held> = parse(&holding.finish());
-    assert!(held.iter().all(|connection| connection.outcome == "kept"), "{held:?}");
-    assert!(held.iter().any(|connection| connection.backend.as_deref() == Some("b2")));
+    assert_drains(&lab, "b2", loading, holding);
 
     let version = drained["version"].as_str().unwrap();
     assert_eq!(daemon.call("DELETE", "/v1/services/web", &Value::Null, version).0, 204);

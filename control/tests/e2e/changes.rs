@@ -8,8 +8,8 @@ use std::{
 
 use crate::{
     client::{
-        Held, Load, NO_ERRORS, VIP4, VIP6, get, load, parse, start_holding, start_load,
-        start_slow_download,
+        Held, Load, NO_ERRORS, VIP4, VIP6, assert_drains, get, load, parse, start_holding,
+        start_load, start_slow_download,
     },
     daemon::{Daemon, WIREMESH},
     lab::{Lab, assert_same_content, wait_until},
@@ -46,13 +46,7 @@ fn draining_under_load_fails_no_request_and_keeps_every_connection() {
     lab.weight("b2", 0);
     daemon.wait_for_weight("b2", Some(0));
 
-    let after = load(&lab, VIP4, 200);
-    assert!(after.errors.is_empty() && !after.backends.contains_key("b2"), "{after:?}");
-    let load: Load = parse(&loading.finish());
-    assert!(load.errors.is_empty() && load.ok > 100, "{load:?}");
-    let held: Vec<Held> = parse(&holding.finish());
-    assert!(held.iter().all(|connection| connection.outcome == "kept"), "{held:?}");
-    assert!(held.iter().any(|connection| connection.backend.as_deref() == Some("b2")));
+    assert_drains(&lab, "b2", loading, holding);
     download.finish();
     assert_same_content(&lab.file("slow"), &lab.file("big"));
 }

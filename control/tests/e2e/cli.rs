@@ -46,6 +46,20 @@ fn printed(Output { status, stdout, stderr }: Output) -> (Option<i32>, String, S
     (status.code(), text(stdout), text(stderr))
 }
 
+/// Asks the lab's daemon.
+fn asked(lab: &Lab, words: &str) -> (Option<i32>, String, String) {
+    let mut run = Command::new(WIREMESH);
+    run.args(words.split(' ')).arg("--socket").arg(lab.file("n1.sock"));
+    printed(run.output().unwrap())
+}
+
+/// Asks the lab's daemon for what it does without a complaint. What it says.
+fn done(lab: &Lab, words: &str) -> String {
+    let (code, said, complaint) = asked(lab, words);
+    assert_eq!((code, &*complaint), (Some(0), ""), "{words}");
+    said
+}
+
 #[test]
 fn check_of_a_good_file_succeeds() {
     let (code, said, complaint) = wiremesh("check", CONFIG, &[]);
@@ -118,16 +132,8 @@ fn status_shows_workers_services_and_drops_to_people() {
 fn a_service_lives_on_the_command_line() {
     let lab = bare_lab();
     let _daemon = Daemon::start(&lab, "n1");
-    let socket = lab.file("n1.sock").to_str().unwrap().to_owned();
-    let asked = |words: &str| {
-        let mut run = Command::new(WIREMESH);
-        printed(run.args(words.split(' ')).args(["--socket", &socket]).output().unwrap())
-    };
-    let done = |words: &str| {
-        let (code, said, complaint) = asked(words);
-        assert_eq!((code, &*complaint), (Some(0), ""), "{words}");
-        said
-    };
+    let asked = |words: &str| asked(&lab, words);
+    let done = |words: &str| done(&lab, words);
     let said = done(
         "service create --name web --vip 203.0.113.10 --publish published=80,target=80 --vni 100 \
          --backend vtep=10.77.0.101,mac=02:00:00:00:02:01 --backend vtep=10.77.0.102,mac=02:00:00:00:02:02",
@@ -202,7 +208,9 @@ fn a_service_lives_on_the_command_line() {
         asked("service create --name x --vip 203.0.113.10 --publish published=80,target=8080");
     assert_eq!(usage.0, Some(2));
     assert!(usage.2.contains("mode dsr") && usage.2.contains("has to be 80"), "{}", usage.2);
-    assert_eq!(done("service rm web"), "web removed\n");
+    let (code, said, complaint) = asked("service rm nobody web noone");
+    assert_eq!((code, &*said), (Some(3), "web removed\n"));
+    assert!(complaint.contains("`nobody`") && complaint.contains("`noone`"), "{complaint}");
     assert_eq!(done("service ls").lines().count(), 1);
 }
 
@@ -210,16 +218,8 @@ fn a_service_lives_on_the_command_line() {
 fn another_scheduler_places_the_next_connections_and_moves_no_open_one() {
     let lab = bare_lab();
     let _daemon = Daemon::start(&lab, "n1");
-    let socket = lab.file("n1.sock").to_str().unwrap().to_owned();
-    let asked = |words: &str| {
-        let mut run = Command::new(WIREMESH);
-        printed(run.args(words.split(' ')).args(["--socket", &socket]).output().unwrap())
-    };
-    let done = |words: &str| {
-        let (code, said, complaint) = asked(words);
-        assert_eq!((code, &*complaint), (Some(0), ""), "{words}");
-        said
-    };
+    let asked = |words: &str| asked(&lab, words);
+    let done = |words: &str| done(&lab, words);
     done(
         "service create --name web --vip 203.0.113.10 --publish 80 --vni 100 --scheduler wrr \
          --backend name=b1,weight=3,vtep=10.77.0.101,mac=02:00:00:00:02:01 \

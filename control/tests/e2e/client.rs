@@ -129,6 +129,17 @@ pub fn start_holding(lab: &Lab, vip: Vip, connections: u32, seconds: u32) -> Bac
     holding
 }
 
+/// A backend that drains gets no new connection, and no request fails. Of those held, it has some, and keeps them.
+pub fn assert_drains(lab: &Lab, backend: &str, loading: Background, holding: Background) {
+    let after = load(lab, VIP4, 200);
+    assert!(after.errors.is_empty() && !after.backends.contains_key(backend), "{after:?}");
+    let load: Load = parse(&loading.finish());
+    assert!(load.errors.is_empty() && load.ok > 100, "{load:?}");
+    let held: Vec<Held> = parse(&holding.finish());
+    assert!(held.iter().all(|connection| connection.outcome == "kept"), "{held:?}");
+    assert!(held.iter().any(|connection| connection.backend.as_deref() == Some(backend)));
+}
+
 /// A 10 s download in the background, into the file `slow` of the lab.
 pub fn start_slow_download(lab: &Lab, vip: Vip) -> Background {
     let (url, file) = (format!("{}/slow", vip.url), lab.file("slow"));

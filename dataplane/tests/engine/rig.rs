@@ -28,7 +28,10 @@ use dataplane::{
     worker::{Parts, Worker},
 };
 
-use crate::reference::node::Node;
+use crate::{
+    packets::{self, SYN},
+    reference::node::Node,
+};
 
 pub const TCP: u8 = protocol::TCP;
 pub const UDP: u8 = protocol::UDP;
@@ -439,23 +442,36 @@ impl Rig {
         self.all_is_taken();
     }
 
-    /// All connections are forgotten, and it is the same time of day as whenever that happens: each life
-    /// begins alike. For timeouts of a second.
-    pub fn forget(&mut self) {
-        // The sweep first lets young ones grow quiet, and takes 17 s each time to come round.
-        for ms in [20_000, 300_000] {
-            self.now = self.now + ms;
-            for _ in 0..17 {
-                self.now = self.now + 1000;
-                self.turn();
-            }
+    /// All connections are forgotten, the first backend has the next turn, and it is the same time of day as
+    /// whenever that happens: each life begins alike. For timeouts of a second. In the world given a single backend
+    /// of each service, the first, has all turns.
+    pub fn forget(&mut self, (world, forwarding): &(World, Arc<Forwarding>)) {
+        // The sweep first lets young ones grow quiet.
+        self.forget_after(20_000);
+        self.forget_after(300_000);
+        // A cycle of one turn ends where it began.
+        self.publish_built(world, forwarding);
+        let inserts = self.event(Event::ConnectionInserts);
+        for syn in [packets::v4(1, SYN), packets::v6(1, SYN)] {
+            self.send(&syn.bytes());
         }
+        assert_eq!(self.event(Event::ConnectionInserts), inserts + 2);
+        self.forget_after(2_000);
         let mut left = 0;
         self.connections.for_each(self.now, |_| left += 1);
         assert_eq!(left, 0);
         self.reference.forget();
         // All times of connections wrap round in this period.
         self.now = Tick((self.now.0 | ((1 << 26) - 1)) + 1);
+    }
+
+    /// Time goes by, and the sweep comes round, which takes 17 s.
+    fn forget_after(&mut self, ms: u64) {
+        self.now = self.now + ms;
+        for _ in 0..17 {
+            self.now = self.now + 1000;
+            self.turn();
+        }
     }
 
     /// The network got exactly the packets and bytes that were counted as sent.

@@ -1,7 +1,7 @@
 //! The whole turn under a hostile network: frames are conserved, every packet is accounted for and becomes
 //! what the reference says, and nothing panics or allocates. The rig asserts it after every turn.
 
-use std::{cell::RefCell, panic::AssertUnwindSafe, sync::Arc};
+use std::{cell::RefCell, collections::BTreeSet, panic::AssertUnwindSafe, sync::Arc};
 
 use dataplane::{
     connections::{Reader, Timeouts, Traffic},
@@ -257,6 +257,10 @@ fn steps(script: &mut Script<'_>) -> Vec<Step> {
 #[test]
 fn whatever_the_network_does_the_node_does_as_the_reference() {
     let worlds = worlds();
+    let one_turn = World::new().web4(&[backend(1)]).web6(&[backend(5)]);
+    let one_turn = World { links: (0..3).map(link).collect(), ..one_turn };
+    let one_turn = one_turn.scheduled(Scheduled::RoundRobin);
+    let one_turn = (one_turn.clone(), one_turn.forwarding());
     let peer = table(64);
     let nodes = nodes(peer.reader());
     // Memory of a node is never given back, so each serves many lives. One that failed serves no more.
@@ -267,7 +271,7 @@ fn whatever_the_network_does_the_node_does_as_the_reference() {
         let which = usize::from(script.byte()) % 4;
         let rig = rigs[which].take();
         let mut rig = rig.unwrap_or_else(|| Rig::equipped(&worlds[0].0, nodes[which].clone()));
-        rig.forget();
+        rig.forget(&one_turn);
         rig.publish_built(&worlds[0].0, &worlds[0].1);
         for port in 1..4 {
             // Another worker has some flows, too.
@@ -310,4 +314,51 @@ fn a_burst_larger_than_one_turn_is_forwarded_in_several_and_in_order() {
     let id = |sent: &Sent| u16::from_be_bytes([sent.bytes[64 + 4], sent.bytes[64 + 5]]);
     let ids: Vec<u16> = rig.take(0, usize::MAX).iter().map(id).collect();
     assert_eq!(ids, (0..100).collect::<Vec<_>>());
+}
+
+/// What leaves by the first port is seen first, whichever came first.
+#[test]
+fn packets_that_look_alike_may_be_seen_in_another_order_than_they_came() {
+    let worlds = worlds();
+    let [maglev, turns] = [&worlds[0], &worlds[4]];
+    let mut seen = BTreeSet::new();
+    for others in 0..5 {
+        let equipment = Equipment { links: vec![0, 1, 2], ..Default::default() };
+        let mut rig = Rig::equipped(&turns.0, equipment);
+        for other in 0..others {
+            rig.send(&packets::v4(100 + other, SYN).bytes());
+        }
+        // The first goes to whose turn it is, the other to Maglev's backend.
+        for (world, forwarding) in [turns, maglev] {
+            rig.publish_built(world, forwarding);
+            assert!(rig.deliver(0, &packets::v4(17, SYN).bytes()));
+            rig.turn();
+        }
+        let ports = (0..3).flat_map(|port| rig.take(port, usize::MAX)).map(|sent| sent.port);
+        seen.insert(ports.collect::<Vec<_>>());
+        rig.all_is_taken();
+    }
+    assert!(seen.len() > 1, "{seen:?}");
+}
+
+#[test]
+fn a_syn_is_repeated_to_where_maglev_put_it_while_it_was_asked() {
+    let maglev = World::new().web4(&[backend(1), backend(2)]);
+    let by_client = maglev.clone().scheduled(Scheduled::Source(60));
+    let mut moved = 0;
+    for port in 1..20 {
+        let mut rig = Rig::new(&by_client);
+        let syn = packets::v4(port, SYN).bytes();
+        for world in [&by_client, &maglev] {
+            rig.publish(world);
+            assert!(rig.deliver(0, &syn));
+            rig.turn();
+        }
+        let sent = rig.take(0, usize::MAX);
+        rig.all_is_taken();
+        moved += usize::from(sent[0] != sent[1]);
+        rig.publish(&by_client);
+        assert_eq!(rig.send(&syn), [sent[1].clone()]);
+    }
+    assert!(moved > 0);
 }

@@ -5,6 +5,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
+    mem,
     sync::Arc,
 };
 
@@ -40,7 +41,7 @@ pub struct Node {
     /// The number of each flow's last packet.
     latest: HashMap<FlowKey, u64>,
     /// Of what was taken through a turn and not yet seen again.
-    leaving: VecDeque<Leaving>,
+    leaving: Vec<Leaving>,
     taken: u64,
     /// Which packet of its flow left last, by port: packets do not overtake each other.
     left: HashMap<(usize, FlowKey), u64>,
@@ -59,17 +60,37 @@ struct Fate {
     slot: Option<Slot>,
     port: usize,
     /// What leaves by the port, in this order. Each has two right forms.
-    frames: VecDeque<[Vec<u8>; 2]>,
+    frames: Vec<[Vec<u8>; 2]>,
     /// What may be counted, as often as it stands here: of what does not leave, and of what made it.
     drops: Vec<DropReason>,
 }
 
 struct Leaving {
     number: u64,
-    key: Option<FlowKey>,
+    key: FlowKey,
     fates: Vec<Fate>,
     /// If a scheduler may have chosen: what the flow was given before, or has from Maglev.
     otherwise: Option<BTreeSet<Slot>>,
+    /// What is taken to have been made of it: of what has left, by which port.
+    became: Vec<(usize, Vec<u8>)>,
+}
+
+impl Leaving {
+    /// The fate in which just this leaves, and what else there is of it is dropped.
+    fn fate<'a>(&self, left: impl Iterator<Item = &'a (usize, Vec<u8>)> + Clone) -> Option<&Fate> {
+        self.fates.iter().find(|fate| {
+            let mut made = fate.frames.iter();
+            let mut is_made = |bytes: &Vec<u8>| made.any(|forms| forms.contains(bytes));
+            left.clone().all(|(port, bytes)| *port == fate.port && is_made(bytes))
+        })
+    }
+
+    /// Whether nothing more can be made of it.
+    fn is_done(&self) -> bool {
+        let Some((_, last)) = self.became.last() else { return false };
+        let fate = self.fate(self.became.iter()).expect("it became what it may");
+        fate.frames.last().is_some_and(|forms| forms.contains(last))
+    }
 }
 
 impl Fate {
@@ -78,7 +99,7 @@ impl Fate {
     }
 
     fn leaves(port: usize, bytes: [Vec<u8>; 2]) -> Self {
-        Self { port, frames: [bytes].into(), drops: vec![TxRingFull], slot: None }
+        Self { port, frames: vec![bytes], drops: vec![TxRingFull], slot: None }
     }
 
     fn answer(port: usize, bytes: Vec<u8>) -> Self {
@@ -104,7 +125,7 @@ impl Node {
             given: HashMap::new(),
             bound: HashMap::new(),
             latest: HashMap::new(),
-            leaving: VecDeque::new(),
+            leaving: Vec::new(),
             taken: 0,
             left: HashMap::new(),
         }
@@ -128,21 +149,25 @@ impl Node {
             let burst = self.arrived[port].len().min(BURST);
             received += burst;
             for arrival in self.arrived[port].drain(..burst).collect::<Vec<_>>() {
-                let packet = parse(&arrival.bytes);
-                let key = packet.as_ref().ok().map(|packet| packet.key);
                 self.taken += 1;
                 let mut otherwise = None;
-                let fates = match packet {
-                    Ok(packet) => self.fates(port, &arrival, &packet, now, &mut otherwise),
-                    Err(reason) => vec![Fate::dropped(reason)],
+                let (key, fates) = match parse(&arrival.bytes) {
+                    Ok(packet) => {
+                        let fates = self.fates(port, &arrival, &packet, now, &mut otherwise);
+                        (Some(packet.key), fates)
+                    }
+                    Err(reason) => (None, vec![Fate::dropped(reason)]),
                 };
                 for (reason, [least, most]) in &mut drops {
                     *least += u64::from(fates.iter().all(|fate| fate.is_certain(*reason)));
                     *most += fates.iter().map(|fate| fate.most(*reason)).max().unwrap_or(0);
                 }
-                if fates.iter().any(|fate| !fate.frames.is_empty()) {
+                if let Some(key) = key
+                    && fates.iter().any(|fate| !fate.frames.is_empty())
+                {
                     let number = self.taken;
-                    self.leaving.push_back(Leaving { number, key, fates, otherwise });
+                    let became = Vec::new();
+                    self.leaving.push(Leaving { number, key, fates, otherwise, became });
                 }
             }
         }
@@ -153,43 +178,64 @@ impl Node {
     /// that have left by this port. (But if the flow was given several backends, its packets that look alike
     /// can't be told apart.)
     pub fn leaves(&mut self, port: usize, bytes: &[u8]) {
-        let fits = |fate: &Fate| {
-            let is_it = |forms: &[Vec<u8>; 2]| forms.iter().any(|form| form == bytes);
-            if fate.port == port { fate.frames.iter().position(is_it) } else { None }
-        };
-        let last = |key: Option<FlowKey>| {
-            let key = key.filter(|key| self.given.get(key).is_none_or(|slots| slots.len() == 1))?;
-            self.left.get(&(port, key)).copied()
-        };
-        let found = self.leaving.iter().enumerate().find_map(|(i, leaving)| {
-            let fate = leaving.fates.iter().position(|fate| fits(fate).is_some())?;
-            (last(leaving.key) <= Some(leaving.number)).then_some((i, fate))
-        });
-        let Some((i, fate)) = found else {
+        let Some(i) = self.place(&[(port, bytes.to_vec())], &mut BTreeSet::new()) else {
             panic!("nothing that came can become this now, by port {port}: {bytes:02x?}")
         };
-        let leaving = &mut self.leaving[i];
-        let mut fate = leaving.fates.swap_remove(fate);
-        // Those before it were dropped.
-        fate.frames.drain(..=fits(&fate).expect("it fits"));
-        if let Some(key) = leaving.key {
-            self.left.insert((port, key), leaving.number);
-            // Now it is known what the scheduler chose, and the flow has to stay there.
-            if let (Some(otherwise), Some(slot)) = (&leaving.otherwise, fate.slot)
-                && self.latest.get(&key) == Some(&leaving.number)
-            {
+        let Leaving { number, key, .. } = self.leaving[i];
+        self.left.insert((port, key), number);
+        if self.leaving.iter().filter(|leaving| leaving.key == key).all(Leaving::is_done) {
+            self.settle(key);
+        }
+    }
+
+    /// Finds the packet that this was made of. If all that it can be are taken for others', packets that look
+    /// alike but may go to different backends were mixed up: then others are found for those.
+    fn place(&mut self, left: &[(usize, Vec<u8>)], tried: &mut BTreeSet<usize>) -> Option<usize> {
+        let last = |key| {
+            let one_backend = self.given.get(&key).is_none_or(|slots| slots.len() == 1);
+            if one_backend { self.left.get(&(left[0].0, key)).copied() } else { None }
+        };
+        let has_room = |(i, leaving): (usize, &Leaving)| {
+            let fits = leaving.fate(leaving.became.iter().chain(left)).is_some();
+            fits && last(leaving.key) <= Some(leaving.number) && !tried.contains(&i)
+        };
+        if let Some(i) = self.leaving.iter().enumerate().position(has_room) {
+            self.leaving[i].became.extend_from_slice(left);
+            return Some(i);
+        }
+        (0..self.leaving.len()).find(|&i| {
+            let leaving = &mut self.leaving[i];
+            if leaving.fate(left.iter()).is_none() || !tried.insert(i) {
+                return false;
+            }
+            let others = mem::replace(&mut leaving.became, left.to_vec());
+            let is_placed = self.place(&others, tried).is_some();
+            if !is_placed {
+                self.leaving[i].became = others;
+            }
+            is_placed
+        })
+    }
+
+    /// No packet of the flow will leave any more. Now it is known what the scheduler chose for the latest,
+    /// and the flow has to stay there.
+    fn settle(&mut self, key: FlowKey) {
+        let latest = self.latest.get(&key).copied();
+        let of_flow = self.leaving.extract_if(.., |leaving| leaving.key == key);
+        for leaving in of_flow.filter(|leaving| Some(leaving.number) == latest) {
+            let fate = leaving.fate(leaving.became.iter()).filter(|_| !leaving.became.is_empty());
+            let slot = fate.and_then(|fate| fate.slot);
+            if let (Some(otherwise), Some(slot)) = (&leaving.otherwise, slot) {
                 self.given.insert(key, otherwise.iter().copied().chain([slot]).collect());
             }
-        }
-        leaving.fates = vec![fate];
-        if leaving.fates[0].frames.is_empty() {
-            self.leaving.remove(i);
         }
     }
 
     /// All that left has been seen: what is still expected was dropped.
     pub fn all_has_left(&mut self) {
-        self.leaving.clear();
+        while let Some(leaving) = self.leaving.first() {
+            self.settle(leaving.key);
+        }
     }
 
     /// A client is bound to a backend, as another worker knows.
@@ -300,15 +346,15 @@ impl Node {
         };
         let picked = maglev.pick(asked.hash(self.forwarding.maglev_key()));
         let mut slots = BTreeSet::from([picked]);
+        if packet.kind == Kind::Packet {
+            self.latest.insert(*key, self.taken);
+        }
         let is_syn = packet.tcp_flags & 0x12 == 0x02;
         if is_syn && scheduled == Scheduled::Maglev {
             self.given.entry(*key).or_default().extend(picked);
             return slots;
         }
         let is_datagram = packet.protocol == 17;
-        if packet.kind == Kind::Packet {
-            self.latest.insert(*key, self.taken);
-        }
         let serves = |slot: Slot| {
             let mut backends = self.world.services[service].1.iter();
             backends.any(|backend| backend.slot == slot && (backend.reachable || !is_datagram))
@@ -371,7 +417,7 @@ impl Node {
         if let Some(pieces) = cut(packet, ip, backend.mtu) {
             // No transport checksum covers a piece alone.
             let piece = Meaning { protocol: 0, ..packet.clone() };
-            let frames: VecDeque<_> = pieces.iter().map(|ip| forms(&piece, ip)).collect();
+            let frames: Vec<_> = pieces.iter().map(|ip| forms(&piece, ip)).collect();
             let drops = frames.iter().map(|_| if has_room { TxRingFull } else { NoHeadroom });
             let drops = drops.chain([NoFrame, TxRingFull]).collect();
             return Fate { port, frames, drops, slot: None };
