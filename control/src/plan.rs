@@ -568,7 +568,7 @@ impl Planner {
             false => BTreeSet::new(),
         };
         if !(still && same_vips && announced == self.announced) {
-            self.steer = Arc::new(steer(inputs, services, &announced));
+            self.steer = Arc::new(steer((inputs, &self.banks), services, &announced));
         }
         self.announced = announced;
         for planned in services {
@@ -697,7 +697,11 @@ fn prefix(network: &IpNet) -> Prefix {
     Prefix { address: network.addr().into(), len: above + network.prefix_len() }
 }
 
-fn steer(inputs: &Inputs<'_>, services: &[Arc<Planned>], announced: &BTreeSet<IpAddr>) -> Steering {
+fn steer(
+    (inputs, banks): (&Inputs<'_>, &Banks),
+    services: &[Arc<Planned>],
+    announced: &BTreeSet<IpAddr>,
+) -> Steering {
     let mut keys = Steering::new();
     for planned in services {
         for Vip { address, protocol, port } in &planned.vips {
@@ -720,8 +724,10 @@ fn steer(inputs: &Inputs<'_>, services: &[Arc<Planned>], announced: &BTreeSet<Ip
             keys.insert(steer::Key::Port { address, protocol, port }, steer::TUNNEL);
         }
         for address in &overlay.addresses {
-            let (vni, address) = (overlay.vni.get(), (*address).into());
-            keys.insert(steer::Key::Mesh { vni, address }, steer::ANSWER_ARP);
+            let vni = overlay.vni.get();
+            let Some(bank) = banks.of((vni, *address)) else { continue };
+            let flags = steer::ANSWER_ARP | steer::taken(bank);
+            keys.insert(steer::Key::Mesh { vni, address: (*address).into() }, flags);
         }
     }
     keys

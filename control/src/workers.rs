@@ -82,9 +82,12 @@ pub enum StartError {
         /// How many it has.
         queues: usize,
     },
-    /// No thread.
-    #[error("cannot start a worker thread")]
-    Thread(#[from] io::Error),
+    /// More interfaces than NAT's slots can be told of.
+    #[error("{0} is one interface too many in node.interfaces")]
+    TooManyInterfaces(String),
+    /// No thread, or no memory shared with the XDP program.
+    #[error("the kernel does not give a worker its thread or memory")]
+    Kernel(#[from] io::Error),
 }
 
 /// The kernel's or the driver's refusal to steer, with the key that may help.
@@ -255,6 +258,10 @@ impl Fleet {
             };
             let mut steer = attached.map_err(NotSteered)?;
             steer.set_mac(queues.mac).map_err(NotSteered)?;
+            // So that the program leaves the kernel what is for no connection of ours.
+            if !nat.mirror(steer.taken()?) {
+                return Err(StartError::TooManyInterfaces(queues.interface.clone()));
+            }
             steers.push(steer);
         }
 

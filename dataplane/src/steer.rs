@@ -4,15 +4,22 @@
 //! which the kernel takes away with the process, however that dies: traffic then reaches the kernel
 //! as before. It knows addresses, not services: which VIPs to steer is control's decision.
 
-use std::{error::Error, io, os::fd::RawFd};
+use std::{
+    error::Error,
+    io,
+    os::fd::{AsFd, AsRawFd, RawFd},
+};
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
-    maps::{Array, HashMap, MapData, MapError, XskMap},
+    maps::{Array, HashMap, Map, MapData, MapError, XskMap},
     programs::{ProgramError, Xdp, XdpMode, links::FdLink},
 };
 
-use crate::{flow::Address, wire::ethernet::MacAddr};
+use memmap2::MmapOptions;
+use zerocopy::FromBytes;
+
+use crate::{flow::Address, nat, sync::AtomicU64, wire::ethernet::MacAddr};
 
 static PROGRAM: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/steer.o"));
 
@@ -22,8 +29,15 @@ pub const STEER: u32 = 1;
 pub const ANSWER_ARP: u32 = 2;
 /// Flag of a UDP port's entry: tunnels end there. Only what [`Key::mesh`] says of their inside is steered.
 pub const TUNNEL: u32 = 4;
+/// Flag of a [`Key::Mesh`]'s entry: only what is for a port that is taken is steered, see [`Steer::taken`].
+const TAKEN: u32 = 8;
 /// Last byte of a [`Key::Mesh`]: no other entry has it, whatever its port and protocol.
 const MESH: u8 = 1;
+
+/// Flags of an address in an overlay that has this bank of NAT's slots: only answers to live slots are steered.
+pub fn taken(bank: u16) -> u32 {
+    TAKEN | u32::from(bank) << 16
+}
 
 /// VIPs that one interface can steer, unless told otherwise.
 pub const DEFAULT_CAPACITY: u32 = 65_536;
@@ -152,6 +166,7 @@ pub struct Steer {
     vips: HashMap<MapData, [u8; 20], u32>,
     sockets: XskMap<MapData>,
     own: Array<MapData, u64>,
+    taken: MapData,
 }
 
 impl Steer {
@@ -167,15 +182,16 @@ impl Steer {
             .map_max_entries("xsks", MAX_QUEUES)
             .load(PROGRAM)
             .map_err(load_error)?;
-        let vips = HashMap::try_from(taken(&mut ebpf, "vips")).map_err(map_error)?;
-        let sockets = XskMap::try_from(taken(&mut ebpf, "xsks")).map_err(map_error)?;
-        let own = Array::try_from(taken(&mut ebpf, "own")).map_err(map_error)?;
+        let vips = HashMap::try_from(map_of(&mut ebpf, "vips")).map_err(map_error)?;
+        let sockets = XskMap::try_from(map_of(&mut ebpf, "xsks")).map_err(map_error)?;
+        let own = Array::try_from(map_of(&mut ebpf, "own")).map_err(map_error)?;
+        let Map::Array(taken) = map_of(&mut ebpf, "taken") else { unreachable!("it is an array") };
 
         let program = ebpf.program_mut("steer").expect("the object holds the program");
         let program: &mut Xdp = program.try_into().map_err(program_error)?;
         program.load().map_err(program_error)?;
         let (link, mode, why_not_native) = attach_as(program, interface, mode)?;
-        Ok(Self { _link: link, mode, why_not_native, vips, sockets, own })
+        Ok(Self { _link: link, mode, why_not_native, vips, sockets, own, taken })
     }
 
     /// Where the program runs: [`Mode::Native`] or [`Mode::Generic`].
@@ -196,6 +212,21 @@ impl Steer {
     pub fn set_mac(&mut self, mac: MacAddr) -> Result<(), SteerError> {
         let [a, b, c, d, e, f] = mac.0;
         self.own.set(0, u64::from_le_bytes([a, b, c, d, e, f, 0, 0]), 0).map_err(map_error)
+    }
+
+    /// The memory in which NAT's slots say which ports are taken, for [`crate::nat::Slots::mirror`]: a bit for
+    /// each of their numbers. The program reads it for each packet that a tunnel brings.
+    ///
+    /// # Errors
+    /// If the kernel does not give the memory.
+    #[allow(unsafe_code)]
+    pub fn taken(&self) -> io::Result<&'static [AtomicU64]> {
+        const BYTES: usize = nat::MAX_BANKS * (1 << 16) / 8;
+        // SAFETY: nobody makes a BPF map smaller, and its memory is only ever read and written as atomics.
+        let map =
+            unsafe { MmapOptions::new().len(BYTES).map_mut(self.taken.fd().as_fd().as_raw_fd())? };
+        let bytes: &'static mut [u8] = &mut Box::leak(Box::new(map))[..];
+        Ok(<[AtomicU64]>::mut_from_bytes(bytes).expect("pages are aligned"))
     }
 
     /// Hands a queue's steered packets to an AF_XDP socket bound to it.
@@ -231,7 +262,7 @@ impl Steer {
     }
 }
 
-fn taken(ebpf: &mut Ebpf, map: &str) -> aya::maps::Map {
+fn map_of(ebpf: &mut Ebpf, map: &str) -> Map {
     ebpf.take_map(map).expect("the object holds the map")
 }
 

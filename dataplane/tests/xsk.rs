@@ -22,7 +22,7 @@ use dataplane::{
         Frame, Frames, HEADROOM, Pool, Port,
         xsk::{self, CopyMode, HugePages, Queue, Settings, XskError, XskPort},
     },
-    steer::{ANSWER_ARP, DEFAULT_CAPACITY, Key, Mode, Steer, SteerError, TUNNEL},
+    steer::{self, ANSWER_ARP, DEFAULT_CAPACITY, Key, Mode, Steer, SteerError, TUNNEL},
     wire::ethernet::MacAddr,
 };
 
@@ -435,6 +435,18 @@ fn of_a_tunnel_only_what_is_for_our_address_inside_is_steered() {
         }
         steer.add_vip(Key::Mesh { vni: 0x01_0203, address: address(mesh) }, ANSWER_ARP).unwrap();
         assert!(steers(&ours(&arp([10, 0, 0, 5]))), "ARP for us");
+        // Of an address that the kernel has too, only the ports that are taken.
+        let taken = steer.taken().unwrap();
+        let key = Key::Mesh { vni: 0x01_0203, address: address(mesh) };
+        steer.add_vip(key, steer::taken(3)).unwrap();
+        let to = |port: u16| ours(&udp_frame(mesh, port));
+        assert!(!steers(&to(7777)));
+        taken[(3 * 65_536 + 7777) / 64].fetch_or(1 << (7777 % 64), Ordering::Relaxed);
+        assert!(steers(&to(7777)), "a port that is taken");
+        assert!(!steers(&to(7778)), "its neighbour");
+        assert!(!steers(&ours(&error)), "an error about another's port");
+        taken[3 * 65_536 / 64].fetch_or(1 << 9, Ordering::Relaxed);
+        assert!(steers(&ours(&error)), "an error about a port that is taken");
         for len in 14..ours(&answer).len() {
             wire.send("a1", &ours(&answer)[..len.max(60)]); // the verifier's bounds, seen to hold
         }

@@ -22,13 +22,16 @@ struct vip {
     u16 port;       /* network byte order */
     u8 protocol, mesh;
 };
-enum { ANSWER_ARP = 2, TUNNEL = 4 }; /* bits of an entry's flags */
+enum { ANSWER_ARP = 2, TUNNEL = 4, TAKEN = 8, BANK = 16 }; /* bits of an entry's flags, and the first of its bank */
 /* A hash, not preallocated: memory follows the number of VIPs. And a socket for each queue. */
 struct { int (*type)[1], (*max_entries)[65536], (*map_flags)[1]; struct vip *key; u32 *value; }
     vips SECTION(".maps");
 struct { int (*type)[17], (*max_entries)[256]; u32 *key; u32 *value; } xsks SECTION(".maps");
 /* Our MAC address, first byte lowest; 0: not known, so any will do. */
 struct { int (*type)[2], (*max_entries)[1]; u32 *key; u64 *value; } own SECTION(".maps");
+/* Which ports of our addresses in overlays are ours at the moment, a bit each: workers write it. The others are
+ * the kernel's, if the address is its too. */
+struct { int (*type)[2], (*max_entries)[16384], (*map_flags)[1024]; u32 *key; u64 *value; } taken SECTION(".maps");
 /* The entry that steers a packet: its port's, its address's, or one of an ARP owner. */
 enum wanted { NOTHING, VIP, ADDRESS, OWNER };
 
@@ -100,7 +103,7 @@ PART ipv6(u8 *ip, u8 *end, struct vip *key) {
 }
 
 /* What a tunnel brings: no fragment, and no ping, which the kernel may answer. */
-PART tunnel(u8 *udp, u8 *end, struct vip *key) {
+PART tunnel(u8 *udp, u8 *end, struct vip *key, u16 *to) {
     u8 *vxlan = udp + 8, *inner = vxlan + 8, *at = inner + 14;
     if (at + 28 > end || !(vxlan[0] & 8)) return NOTHING; /* the I bit: the identifier counts */
     struct vip inside = {};
@@ -109,6 +112,7 @@ PART tunnel(u8 *udp, u8 *end, struct vip *key) {
     if (type == BE16(0x0800)) wanted = ipv4(at, end, &inside);
     if (type == BE16(0x86dd)) wanted = ipv6(at, end, &inside);
     if (type == BE16(0x0806)) wanted = arp(at, &inside);
+    *to = __builtin_bswap16(inside.port);
     inside.port = *(u16 *)(vxlan + 4);
     inside.protocol = vxlan[6];
     inside.mesh = 1;
@@ -139,9 +143,15 @@ SECTION("xdp") int steer(struct xdp_md *ctx) {
     if (flags && *flags & TUNNEL) {
         u8 *udp = type == BE16(0x0800) ? at + (at[0] & 15) * 4 : at + 40;
         if (type == BE16(0x86dd) && at[6] != 17) return XDP_PASS;
-        wanted = tunnel(udp, end, &key);
+        u16 port = 0;
+        wanted = tunnel(udp, end, &key, &port);
         flags = wanted == NOTHING ? 0 : map_lookup(&vips, &key);
         if (flags && wanted == OWNER && !(*flags & ANSWER_ARP)) return XDP_PASS;
+        if (flags && wanted == VIP && *flags & TAKEN) {
+            u32 at = (*flags >> BANK) * 1024 + port / 64;
+            u64 *word = map_lookup(&taken, &at);
+            if (!word || !(*word >> port % 64 & 1)) return XDP_PASS;
+        }
         wanted = VIP; /* who asks inside a tunnel sends it to us alone */
     }
     if (!flags || (wanted == OWNER && !(*flags & ANSWER_ARP))) return XDP_PASS;

@@ -824,7 +824,8 @@ fn every_address_of_the_node_is_steered_as_an_end_of_tunnels_and_keeps_its_pings
         assert!(!steered.contains_key(&steer::Key::Address(address.into())), "{address}");
     }
     let mesh = steer::Key::Mesh { vni: 100, address: Address::v4([10, 99, 1, 250]) };
-    assert_eq!(steered[&mesh], steer::ANSWER_ARP, "nobody else would answer for it");
+    let flags = steer::ANSWER_ARP | steer::taken(0);
+    assert_eq!(steered[&mesh], flags, "its questions, and what is for its live ports");
     let without = NAT.replace("10.1.0.1", "203.0.113.9");
     let only_dsr = &without[without.rfind("[[service]]").unwrap()..];
     assert_eq!(nat_world(only_dsr).plan().steer.len(), 2, "its port and its address");

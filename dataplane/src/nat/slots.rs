@@ -14,7 +14,7 @@
 //! only if the network card moves flows between queues; then each makes a slot, all later packets use the
 //! one that is found first, and the other runs out.
 
-use std::ops::RangeInclusive;
+use std::{ops::RangeInclusive, sync::OnceLock};
 
 use crate::{
     flow::{Address, FlowKey, protocol, tcp_flags},
@@ -32,6 +32,8 @@ const PORT_BITS: u32 = if cfg!(loom) { 1 } else { 16 };
 pub const BANK: usize = 1 << PORT_BITS;
 /// The most banks that an index entry can name.
 pub const MAX_BANKS: usize = 16;
+/// Copies that can be kept of which slots are in use: one for each interface.
+const MAX_MIRRORS: usize = 64;
 /// Bits in a word of `taken`.
 const WORD: usize = 64;
 /// Words of `taken` for a bank.
@@ -475,16 +477,31 @@ pub struct ToClient {
 #[repr(C, align(32))]
 struct Bucket([AtomicU32; LANES]);
 
-/// A word of `taken`.
-#[derive(Debug, Default)]
-#[cfg_attr(not(loom), derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::KnownLayout))]
-#[repr(transparent)]
-struct Taken(AtomicU64);
+impl Bucket {
+    /// Which entries have this tag, a bit each.
+    #[inline(always)]
+    fn lanes(&self, tag: u32) -> u32 {
+        let mut found = 0;
+        for (lane, entry) in self.0.iter().enumerate() {
+            let differs = (entry.load(Ordering::Relaxed) ^ tag) & !ID_MASK;
+            found |= u32::from(differs == 0) << lane;
+        }
+        found
+    }
+
+    /// The slot that an entry names. What it is of was written before.
+    #[inline(always)]
+    fn id(&self, lane: usize) -> Id {
+        Id(self.0[lane].load(Ordering::Acquire) & ID_MASK)
+    }
+}
 
 /// The slots of all mesh addresses.
 #[derive(Debug)]
 pub struct Slots {
-    taken: &'static [Taken],
+    taken: &'static [AtomicU64],
+    /// Copies of `taken`.
+    mirrors: [OnceLock<&'static [AtomicU64]>; MAX_MIRRORS],
     records: &'static [Record],
     index: &'static [Bucket],
     timeouts: Timeouts,
@@ -510,7 +527,25 @@ impl Slots {
         let (taken, _) = memory::zeroed(slots.div_ceil(WORD))?;
         let (records, _) = memory::zeroed(slots)?;
         let (index, _) = memory::zeroed((4 * slots / LANES).max(2))?;
-        Ok(Self { taken, records, index, timeouts, ports })
+        let mirrors = [const { OnceLock::new() }; MAX_MIRRORS];
+        Ok(Self { taken, mirrors, records, index, timeouts, ports })
+    }
+
+    /// Keeps a copy of which slots are in use in this memory too, a bit for each number. `false` if there are too
+    /// many copies, or the memory is too short.
+    pub fn mirror(&self, memory: &'static [AtomicU64]) -> bool {
+        let fits = memory.len() >= self.taken.len();
+        let kept = fits && self.mirrors.iter().any(|mirror| mirror.set(memory).is_ok());
+        // What was taken before; what is taken meanwhile is noted twice.
+        for (word, copy) in self.taken.iter().zip(memory).filter(|_| kept) {
+            copy.fetch_or(word.load(Ordering::Acquire), Ordering::Relaxed);
+        }
+        kept
+    }
+
+    /// The same word of all copies.
+    fn copies(&self, at: usize) -> impl Iterator<Item = &AtomicU64> {
+        self.mirrors.iter().map_while(move |mirror| mirror.get()?.get(at))
     }
 
     /// Mesh addresses that there are slots for.
@@ -531,13 +566,13 @@ impl Slots {
     /// Slots in use of a bank.
     pub fn used(&self, bank: u16) -> usize {
         let of_bank = self.taken.iter().skip(usize::from(bank) * BANK_WORDS).take(BANK_WORDS);
-        of_bank.map(|word| word.0.load(Ordering::Relaxed).count_ones() as usize).sum()
+        of_bank.map(|word| word.load(Ordering::Relaxed).count_ones() as usize).sum()
     }
 
     /// All live connections with their slots, racily: one that begins or ends meanwhile may be left out.
     pub fn connections(&self) -> impl Iterator<Item = (Id, State, Connection)> {
         let ids = self.taken.iter().enumerate().flat_map(|(at, word)| {
-            let taken = word.0.load(Ordering::Relaxed);
+            let taken = word.load(Ordering::Relaxed);
             bits(taken).map(move |bit| Id((at * WORD + bit) as u32))
         });
         ids.filter_map(|id| self.connection(id).map(|(state, connection)| (id, state, connection)))
@@ -600,10 +635,12 @@ impl Slots {
         prefetch(&self.index[self.buckets(hash)[0]]);
     }
 
-    /// The slot that a flow with this hash most probably has.
-    #[inline]
+    /// The slot that a flow with this hash most probably has, if it has any.
+    #[inline(always)]
     pub fn likely(&self, hash: u64) -> Option<Id> {
-        self.candidates(hash).next()
+        let bucket = &self.index[self.buckets(hash)[0]];
+        let lanes = bucket.lanes(Self::tag(hash));
+        (lanes != 0).then(|| bucket.id(lanes.trailing_zeros() as usize % LANES))
     }
 
     /// Begins to fetch a slot.
@@ -620,16 +657,8 @@ impl Slots {
     fn candidates(&self, hash: u64) -> impl Iterator<Item = Id> {
         let tag = Self::tag(hash);
         let buckets = self.buckets(hash).into_iter().map(|at| &self.index[at]);
-        buckets.flat_map(move |bucket| {
-            let mut found = 0_u32;
-            for (lane, entry) in bucket.0.iter().enumerate() {
-                let differs = (entry.load(Ordering::Relaxed) ^ tag) & !ID_MASK;
-                found |= u32::from(differs == 0) << lane;
-            }
-            let lanes = bits(u64::from(found));
-            // Read again: what it names was written before it.
-            lanes.map(|lane| Id(bucket.0[lane].load(Ordering::Acquire) & ID_MASK))
-        })
+        buckets
+            .flat_map(move |bucket| bits(u64::from(bucket.lanes(tag))).map(|lane| bucket.id(lane)))
     }
 
     /// The slot that a client's packets have, and what they become. `likely` is looked at first.
@@ -756,13 +785,16 @@ impl Slots {
         for at in order {
             let usable = self.usable(at);
             loop {
-                let free = !taken[at].0.load(Ordering::Relaxed) & usable;
+                let free = !taken[at].load(Ordering::Relaxed) & usable;
                 if free == 0 {
                     break;
                 }
                 let bit = (free.rotate_right(turn).trailing_zeros() + turn) % WORD as u32;
                 // Who had it before is through with it.
-                if taken[at].0.fetch_or(1 << bit, Ordering::AcqRel) & 1 << bit == 0 {
+                if taken[at].fetch_or(1 << bit, Ordering::AcqRel) & 1 << bit == 0 {
+                    for copy in self.copies(first + at) {
+                        copy.fetch_or(1 << bit, Ordering::Relaxed);
+                    }
                     return Some(Id::new(bank, (at * WORD) as u16 + bit as u16));
                 }
             }
@@ -812,7 +844,10 @@ impl Slots {
         }
         self.leave(id, record.word(word::HASH));
         let (at, bit) = (id.0 as usize / WORD, id.0 as usize % WORD);
-        self.taken[at].0.fetch_and(!(1 << bit), Ordering::Release);
+        for copy in self.copies(at) {
+            copy.fetch_and(!(1 << bit), Ordering::Relaxed);
+        }
+        self.taken[at].fetch_and(!(1 << bit), Ordering::Release);
     }
 
     /// Lets the client's packets find the slot no more: they begin anew. Its port stays taken until it runs
@@ -903,7 +938,7 @@ impl Sweep {
                 self.at = first;
             }
             if let Some(word) = slots.taken.get(self.at) {
-                for bit in bits(word.0.load(Ordering::Acquire)) {
+                for bit in bits(word.load(Ordering::Acquire)) {
                     let id = Id((self.at * WORD + bit) as u32);
                     visit(slots, id, now, &mut each);
                 }
@@ -986,6 +1021,31 @@ mod tests {
         let (now, connection) = slots.connection(id).unwrap();
         assert!(!now.is_closed() && connection.key.src_port == 2);
         assert!(slots.find(slots.likely(7), 7, &connection.key).is_some());
+    }
+
+    #[test]
+    fn a_copy_says_which_ports_are_taken_as_long_as_they_are() {
+        let slots = Slots::new(2, Timeouts::default(), 1024..=1100).unwrap();
+        let memory = || memory::zeroed::<AtomicU64>(4 * BANK_WORDS).unwrap().0;
+        let is_taken = |memory: &[AtomicU64], id: Id| {
+            memory[id.0 as usize / WORD].load(Ordering::Relaxed) >> (id.0 as usize % WORD) & 1 == 1
+        };
+        let mesh = [Mesh { bank: 1, address: Address(5) }];
+        let open = |number: u16| {
+            slots.open(&mesh, number.into(), Tick(0), |_| connection(number)).unwrap()
+        };
+        let copies = [memory(), memory()];
+        let before = open(1);
+        copies.iter().for_each(|copy| assert!(slots.mirror(copy)));
+        let after = open(2);
+        for copy in copies {
+            assert!(is_taken(copy, before.id) && is_taken(copy, after.id));
+            let count = |word: &AtomicU64| word.load(Ordering::Relaxed).count_ones();
+            assert_eq!(copy.iter().map(count).sum::<u32>(), 2);
+        }
+        slots.close(after.id, after.state);
+        assert!(copies.iter().all(|copy| is_taken(copy, before.id) && !is_taken(copy, after.id)));
+        assert!(!slots.mirror(&[]), "too short");
     }
 
     #[test]

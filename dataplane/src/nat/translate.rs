@@ -155,7 +155,8 @@ pub fn clamp_mss(frame: &mut Frame, flow: &Flow, mtu: u16) {
                 if old > most {
                     l4[at + 2..at + 4].copy_from_slice(&most.to_be_bytes());
                     // At an odd place it lies across two words: swapped, RFC 1071 section 2 (B).
-                    let swap = |word: u16| if at % 2 == 0 { word } else { word.swap_bytes() };
+                    let swap =
+                        |word: u16| if at.is_multiple_of(2) { word } else { word.swap_bytes() };
                     let change = Sum::default().add_u16(!swap(old)).add_u16(swap(most));
                     add(l4, 16, change.fold());
                 }

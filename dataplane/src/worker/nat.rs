@@ -126,9 +126,9 @@ impl<'a> Burst<'a> {
         for (frame, packet) in inbound.iter_mut().zip(packets) {
             let next = match packet.next {
                 Next::Translate(service, likely) => {
-                    self.to_task(slots, frame, packet, (service, likely))
+                    self.toward_task(slots, frame, packet, (service, likely))
                 }
-                Next::Return(id) => self.to_client(slots, id, frame, packet),
+                Next::Return(id) => self.toward_client(slots, id, frame, packet),
                 _ => continue,
             };
             packet.next = next.unwrap_or_else(Next::Drop);
@@ -137,7 +137,7 @@ impl<'a> Burst<'a> {
 
     /// A client's packet becomes one to its task.
     #[inline]
-    fn to_task(
+    fn toward_task(
         &mut self,
         slots: &Slots,
         frame: &mut Frame,
@@ -282,7 +282,7 @@ impl<'a> Burst<'a> {
 
     /// What a task sent becomes what the VIP says.
     #[inline]
-    fn to_client(
+    fn toward_client(
         &mut self,
         slots: &Slots,
         id: Id,

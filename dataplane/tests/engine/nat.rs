@@ -394,7 +394,7 @@ impl Node {
                 links: vec![0],
                 pool: dataplane::port::sim::pool(256, 4096),
                 connections: tables.next().unwrap(),
-                peers: vec![readers[1 - id].clone()],
+                peers: vec![readers[1 - id]],
                 published: publisher.subscribe(),
                 counters: Arc::clone(&counters[id]),
                 hash_key: hash_key(),
@@ -454,7 +454,7 @@ impl Node {
     }
 
     /// What a client's packet becomes: the task's slot, and the packet that it gets.
-    fn to_task(&mut self, segment: &Segment) -> (Slot, Segment) {
+    fn toward_task(&mut self, segment: &Segment) -> (Slot, Segment) {
         let sent = self.send(&segment.by_client());
         let [frame] = &sent[..] else { panic!("{} packets: {:?}", sent.len(), self.drops()) };
         self.unwrap(frame)
@@ -474,7 +474,7 @@ impl Node {
     }
 
     /// What a task's answer becomes, whichever worker it comes to.
-    fn to_client(&mut self, slot: Slot, segment: &Segment) -> Segment {
+    fn toward_client(&mut self, slot: Slot, segment: &Segment) -> Segment {
         let sent = self.send_to(1, &segment.by_task(slot));
         let [frame] = &sent[..] else { panic!("{} packets: {:?}", sent.len(), self.drops()) };
         let (ethernet, _) = Ethernet2Header::from_slice(frame).unwrap();
@@ -495,9 +495,9 @@ impl Node {
 
     /// Opens a connection as far as the client's acknowledgement; the task, and who it takes for its client.
     fn connect(&mut self, client: SocketAddr, vip: SocketAddr) -> (Slot, SocketAddr) {
-        let (slot, syn) = self.to_task(&tcp(client, vip, SYN));
-        self.to_client(slot, &tcp(syn.dst, syn.src, SYN | ACK));
-        let (same, ack) = self.to_task(&tcp(client, vip, ACK));
+        let (slot, syn) = self.toward_task(&tcp(client, vip, SYN));
+        self.toward_client(slot, &tcp(syn.dst, syn.src, SYN | ACK));
+        let (same, ack) = self.toward_task(&tcp(client, vip, ACK));
         assert_eq!((same, ack.src), (slot, syn.src));
         (slot, syn.src)
     }
@@ -507,11 +507,11 @@ impl Node {
         let by_client = tcp(client, at(VIP), FIN | ACK);
         let by_task = tcp(task(slot, false), mesh, FIN | ACK);
         if client_first {
-            self.to_task(&by_client);
-            self.to_client(slot, &by_task);
+            self.toward_task(&by_client);
+            self.toward_client(slot, &by_task);
         } else {
-            self.to_client(slot, &by_task);
-            self.to_task(&by_client);
+            self.toward_client(slot, &by_task);
+            self.toward_task(&by_client);
         }
     }
 }
@@ -524,14 +524,14 @@ fn a_connection_is_translated_both_ways_and_nothing_else_changes() {
         let task = task(slot, vip.is_ipv6());
         for len in [0, 1, 2, 333, 1000] {
             let question = tcp(client, vip, ACK).with_payload(len);
-            let (to, got) = node.to_task(&question);
+            let (to, got) = node.toward_task(&question);
             assert_eq!((to, got.src, got.dst), (slot, mesh, task));
             assert_eq!(
                 (got.payload, got.seq, got.ack),
                 (question.payload, question.seq, question.ack)
             );
             let answer = tcp(task, mesh, ACK).with_payload(len);
-            let got = node.to_client(slot, &answer);
+            let got = node.toward_client(slot, &answer);
             assert_eq!((got.src, got.dst), (vip, client));
             assert_eq!((got.payload, got.seq, got.ack), (answer.payload, answer.seq, answer.ack));
         }
@@ -549,10 +549,10 @@ fn datagrams_are_translated_with_and_without_a_checksum() {
                 continue; // RFC 8200 section 8.1
             }
             let question = Segment { bare, ..udp(client, vip) };
-            let (slot, got) = node.to_task(&question);
+            let (slot, got) = node.toward_task(&question);
             assert_eq!((&got.payload, got.bare), (&question.payload, bare));
             let answer = Segment { bare, ..udp(got.dst, got.src).with_payload(77) };
-            let back = node.to_client(slot, &answer);
+            let back = node.toward_client(slot, &answer);
             assert_eq!((back.src, back.dst, back.bare), (vip, client, bare));
             assert_eq!(back.payload, answer.payload);
         }
@@ -565,7 +565,7 @@ fn every_connection_has_a_port_of_its_own() {
     let mut seen = BTreeSet::new();
     let mut tasks = BTreeSet::new();
     for port in 10_000..12_000 {
-        let (slot, syn) = node.to_task(&tcp(client(port), at(VIP), SYN));
+        let (slot, syn) = node.toward_task(&tcp(client(port), at(VIP), SYN));
         assert!(seen.insert(syn.src), "{} twice", syn.src);
         tasks.insert(slot);
     }
@@ -576,9 +576,9 @@ fn every_connection_has_a_port_of_its_own() {
 fn a_syn_that_is_said_again_keeps_its_port() {
     let mut node = Node::new(&World::new(&[1, 2]));
     let syn = tcp(client(40_000), at(VIP), SYN);
-    let (slot, first) = node.to_task(&syn);
+    let (slot, first) = node.toward_task(&syn);
     node.wait(3000);
-    let (same, second) = node.to_task(&syn);
+    let (same, second) = node.toward_task(&syn);
     assert_eq!((slot, first.src), (same, second.src));
 }
 
@@ -608,10 +608,10 @@ fn the_mss_is_lowered_to_what_the_tunnel_carries_both_ways() {
             [(0, 1460, most), (1, 8960, most), (2, 1461, most), (3, 1000, 1000), (0, most, most)]
         {
             let syn = Segment { mss: Some(mss), pad, ..tcp(client, vip, SYN) };
-            let (slot, got) = node.to_task(&syn);
+            let (slot, got) = node.toward_task(&syn);
             assert_eq!((got.mss, got.pad), (Some(expected), pad));
             let answer = Segment { mss: Some(mss), pad, ..tcp(got.dst, got.src, SYN | ACK) };
-            assert_eq!(node.to_client(slot, &answer).mss, Some(expected));
+            assert_eq!(node.toward_client(slot, &answer).mss, Some(expected));
         }
     }
 }
@@ -732,7 +732,7 @@ fn an_icmp_error_is_translated_with_what_it_quotes() {
             let (slot, mesh) = match stream {
                 true => node.connect(client, vip),
                 false => {
-                    let (slot, got) = node.to_task(&segment(client, vip));
+                    let (slot, got) = node.toward_task(&segment(client, vip));
                     (slot, got.src)
                 }
             };
@@ -821,7 +821,7 @@ fn a_client_whose_task_is_gone_is_reset_when_it_speaks() {
     assert_eq!(read_reset(&sent[0]).flags, Some(RST));
     assert_eq!(node.drops(), BTreeMap::from([("no_backend", 1)]));
     // A new one goes to the task that is left, by another port.
-    let (other, syn) = node.to_task(&tcp(client(40_000), at(VIP), SYN));
+    let (other, syn) = node.toward_task(&tcp(client(40_000), at(VIP), SYN));
     assert_ne!((other, syn.src), (slot, mesh));
 }
 
@@ -856,9 +856,9 @@ fn a_client_that_does_not_answer_is_not_asked_for_ever() {
 #[test]
 fn datagrams_go_elsewhere_at_once_when_their_task_is_gone() {
     let mut node = Node::new(&World::new(&[1]));
-    let (_, first) = node.to_task(&udp(client(53), at(VIP)));
+    let (_, first) = node.toward_task(&udp(client(53), at(VIP)));
     node.publish(&World::new(&[2]));
-    let (slot, second) = node.to_task(&udp(client(53), at(VIP)));
+    let (slot, second) = node.toward_task(&udp(client(53), at(VIP)));
     assert_eq!(slot, 4);
     assert_ne!(first.src, second.src);
     assert_eq!(node.drops(), BTreeMap::new());
@@ -869,7 +869,7 @@ fn only_allowed_clients_are_served() {
     let address = ip("198.51.100.0").into();
     let world = World { allow: vec![Prefix { address, len: 96 + 24 }], ..World::new(&[1]) };
     let mut node = Node::new(&world);
-    node.to_task(&tcp(client(40_000), at(VIP), SYN));
+    node.toward_task(&tcp(client(40_000), at(VIP), SYN));
     let stranger = SocketAddr::new(ip("198.51.101.7"), 40_000);
     assert!(node.send(&tcp(stranger, at(VIP), SYN).by_client()).is_empty());
     assert!(node.send(&udp(stranger, at(VIP)).by_client()).is_empty());
@@ -900,7 +900,7 @@ fn only_a_connections_own_task_can_answer() {
     }
     assert!(node.send(&tunneled(&inner, vtep(slot), VNI + 7)).is_empty());
     assert_eq!(node.drops()["nat_unmatched"], 5);
-    node.to_client(slot, &answer);
+    node.toward_client(slot, &answer);
 }
 
 #[test]
@@ -915,9 +915,9 @@ fn when_all_ports_are_used_old_connections_go_on_and_new_ones_are_refused() {
     assert_eq!(node.drops(), BTreeMap::from([("nat_exhausted", 50)]));
     for (client, (slot, mesh)) in clients.iter().zip(&connected) {
         assert!((2000..=2099).contains(&mesh.port()));
-        let (same, got) = node.to_task(&tcp(*client, at(VIP), ACK).with_payload(3));
+        let (same, got) = node.toward_task(&tcp(*client, at(VIP), ACK).with_payload(3));
         assert_eq!((same, got.src), (*slot, *mesh));
-        assert_eq!(node.to_client(*slot, &tcp(got.dst, got.src, ACK)).dst, *client);
+        assert_eq!(node.toward_client(*slot, &tcp(got.dst, got.src, ACK)).dst, *client);
     }
     node.send(&tcp(clients[0], at(VIP), RST).by_client());
     node.wait(3000);
@@ -955,10 +955,10 @@ fn an_idle_connection_lives_for_hours() {
     let (slot, mesh) = node.connect(client(40_000), at(VIP));
     for _ in 0..3 {
         node.wait(3 * 3600 * 1000 + 1_800_000);
-        assert_eq!(node.to_task(&tcp(client(40_000), at(VIP), ACK)).1.src, mesh);
+        assert_eq!(node.toward_task(&tcp(client(40_000), at(VIP), ACK)).1.src, mesh);
     }
     let answer = tcp(task(slot, false), mesh, ACK);
-    node.to_client(slot, &answer);
+    node.toward_client(slot, &answer);
     node.wait(4 * 3600 * 1000 + 5000);
     assert_eq!(node.slots.used(0), 0);
     assert!(node.send(&answer.by_task(slot)).is_empty());
@@ -970,9 +970,9 @@ fn a_reset_that_nobody_believes_ends_nothing() {
     let (_, mesh) = node.connect(client(40_000), at(VIP));
     node.send(&tcp(client(40_000), at(VIP), RST).by_client());
     node.wait(500);
-    node.to_task(&tcp(client(40_000), at(VIP), ACK).with_payload(3));
+    node.toward_task(&tcp(client(40_000), at(VIP), ACK).with_payload(3));
     node.wait(60_000);
-    assert_eq!(node.to_task(&tcp(client(40_000), at(VIP), ACK)).1.src, mesh);
+    assert_eq!(node.toward_task(&tcp(client(40_000), at(VIP), ACK)).1.src, mesh);
 }
 
 #[test]
@@ -1056,7 +1056,7 @@ fn what_a_tunnel_brings_that_is_none_of_ours_is_dropped() {
     }
     let dropped: u64 = node.drops().values().sum();
     assert_eq!(dropped - before, (good.len() - 14 + 1) as u64);
-    node.to_client(slot, &tcp(task(slot, false), mesh, ACK));
+    node.toward_client(slot, &tcp(task(slot, false), mesh, ACK));
 }
 
 /// What happens in a random life of a node.
