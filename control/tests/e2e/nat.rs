@@ -1,7 +1,11 @@
 //! Mode `nat`, against stock vxlan devices that have an address and nothing else: nothing of ours, and no
 //! VIP, is on a backend.
 
-use std::{fs, net::SocketAddr};
+use std::{
+    fs,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
 use crate::{
     client::{
@@ -300,13 +304,31 @@ fn connections_of_a_removed_backend_are_reset_and_its_datagrams_go_to_another() 
 }
 
 #[test]
-fn thousands_of_short_connections_of_one_client_meet_no_pause() {
+fn more_connections_of_one_client_than_a_kernel_has_ports_meet_no_pause_in_a_minute() {
     let mesh = Mesh::up(&ONE_ARMED, &["b1", "b2"]);
     let daemon = Daemon::start(&mesh.lab, "n1");
+    // Closed by the client first; the others by the server.
     let load = load(&mesh.lab, NODE, 2000);
     assert_eq!((load.errors, load.ok), (NO_ERRORS, 2000));
     // A port that is used again too soon costs the second after which a SYN is repeated.
     assert!(load.slowest_s < 0.9, "{} s", load.slowest_s);
+    let (begun, mut all) = (Instant::now(), 0);
+    while all <= 28_232 {
+        assert!(begun.elapsed() < Duration::from_secs(55), "only {all} within a minute");
+        let wrk = ["wrk", "-t1", "-c8", "-d4s", "-H", "Connection: close", NODE.url];
+        let said = mesh.lab.succeed("client", &wrk);
+        let word_before = |mark: &str| {
+            let (before, _) = said.split_once(mark).unwrap_or_else(|| panic!("{said}"));
+            before.split_whitespace().next_back().unwrap().to_owned()
+        };
+        all += word_before(" requests in").parse::<u32>().unwrap();
+        let latency = said.lines().find(|line| line.trim_start().starts_with("Latency")).unwrap();
+        let slowest = latency.split_whitespace().nth(3).unwrap();
+        let seconds = slowest.trim_end_matches("us").trim_end_matches("ms");
+        let quick =
+            seconds != slowest || slowest.trim_end_matches('s').parse::<f64>().unwrap() < 0.9;
+        assert!(quick && !said.contains("Socket errors"), "{said}");
+    }
     let metrics = daemon.get("/metrics");
     let value = |name: &str| {
         let label = format!("wiremesh_{name}{{vni=\"200\",address=\"{MESH}\"}} ");
@@ -314,8 +336,9 @@ fn thousands_of_short_connections_of_one_client_meet_no_pause() {
         line.unwrap_or_else(|| panic!("no {label} in {metrics}")).parse::<u64>().unwrap()
     };
     assert_eq!(value("nat_slots"), 64_512);
-    // nginx closes none of them first.
-    assert!(value("nat_slots_used") <= 2000, "{}", value("nat_slots_used"));
+    // What the server closed first rests for a minute, for it remembers the port; a few were reset instead.
+    let (used, all) = (value("nat_slots_used"), u64::from(all));
+    assert!((all * 9 / 10..all + 2000).contains(&used), "{used} after {all}");
 }
 
 #[test]
