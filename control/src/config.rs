@@ -9,6 +9,7 @@ mod health;
 mod overlays;
 mod services;
 mod settings;
+mod sources;
 mod spec;
 mod syntax;
 
@@ -51,6 +52,8 @@ pub struct Config {
     pub maglev: Maglev,
     /// What is refused beyond.
     pub limits: Limits,
+    /// Who else says what is wanted.
+    pub source: Sources,
     /// Next hops that the kernel need not be asked for.
     pub next_hops: Vec<NextHop>,
     /// Services and their backends.
@@ -304,6 +307,47 @@ pub struct Limits {
     pub local_clients: u32,
 }
 
+/// `[source]`
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sources {
+    /// A Docker Swarm, if there is one.
+    pub swarm: Option<Swarm>,
+}
+
+/// `[source.swarm]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Swarm {
+    /// This node's Docker engine.
+    pub engine: Engine,
+    /// Who tells of the swarm if that is a worker's.
+    pub managers: Vec<Manager>,
+    /// How often a manager's engine is asked for its tasks.
+    pub poll_ms: u32,
+}
+
+/// Where a Docker engine is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Engine {
+    /// On a Unix socket.
+    Unix(PathBuf),
+    /// At a host and port.
+    Tcp {
+        /// Both, as in `10.0.0.1:2376`.
+        address: String,
+        /// The directory with `ca.pem`, `cert.pem` and `key.pem`. `None`: plain, on this machine only.
+        certificates: Option<PathBuf>,
+    },
+}
+
+/// The API of a manager's Wiremesh.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Manager {
+    /// Host and port.
+    pub address: String,
+    /// Whether it is asked by TLS, with the API's own certificate.
+    pub tls: bool,
+}
+
 /// `[[next_hop]]`: how to reach a VTEP, whatever the kernel says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NextHop {
@@ -350,6 +394,16 @@ impl Node {
     /// Its own ends of tunnels, as far as they are said.
     pub fn vteps(&self) -> Vec<IpAddr> {
         self.vtep.into_iter().chain(self.vtep6.map(IpAddr::V6)).collect()
+    }
+}
+
+impl Default for Swarm {
+    fn default() -> Self {
+        Self {
+            engine: Engine::Unix(PathBuf::from("/var/run/docker.sock")),
+            managers: Vec::new(),
+            poll_ms: 200,
+        }
     }
 }
 
@@ -540,13 +594,14 @@ impl Config {
         let nat = settings::nat(&written.nat, report);
         let maglev = settings::maglev(&written.maglev, report);
         let limits = settings::limits(&written.limits, report);
+        let source = sources::sources(&written.source, &api, report);
         let next_hops = services::next_hops(&written.next_hop, report);
         let vteps = settings::vteps(&node, &written.node);
         let overlays = overlays::overlays(&written.overlay, report);
         let services =
             services::services(&written.service, &overlays, vteps, &maglev, &limits, report);
         let desired = Desired { services, overlays };
-        Self { node, api, dataplane, connections, nat, maglev, limits, next_hops, desired }
+        Self { node, api, dataplane, connections, nat, maglev, limits, source, next_hops, desired }
     }
 
     /// The keys that differ in `new` and that a running process cannot change. The rest (services,
@@ -583,6 +638,7 @@ impl Config {
             }
             maglev: Maglev { table_size, seed }
             limits: Limits { backends, vips, health_checks, local_clients }
+            source: Sources { swarm }
         }
         keys
     }

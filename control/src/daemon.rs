@@ -7,6 +7,7 @@
 mod announcing;
 mod report;
 mod steering;
+mod swarming;
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -34,7 +35,12 @@ use tokio::{
 };
 use tracing::{error, info, warn};
 
-use self::{announcing::Announcing, report::warn_too_large, steering::Steered};
+use self::{
+    announcing::Announcing,
+    report::warn_too_large,
+    steering::Steered,
+    swarming::{Swarming, fit, newest},
+};
 use crate::{
     api::{Api, ApiSocket, Changes, Refusal, SocketError, TcpDoor, TcpError},
     causes,
@@ -42,13 +48,14 @@ use crate::{
     desired::{Conflict, Desired, Overlay, Service, TunnelEnds, Vip, join},
     health::{Checks, Home, Verdict, Verdicts},
     link::{self, LinkError},
-    local::{FAR_ADDRESS, Limits, LocalClients, LocalLink, LocalLinkError, Refused},
+    local::{FAR_ADDRESS, Limits, LocalClients, LocalLink, LocalLinkError, NODE_ADDRESS, Refused},
     mesh::Teacher,
     next_hop::{Hops, NextHopError, NextHops},
     plan::{Inputs, Interface, Placement, Plan, PlanError, Planner, Settings, Steering, health_of},
     source::{
         api::{Store, StoreError},
         file::{Cause, FileSource, FileSourceError},
+        swarm::{self, Swarm, TlsError},
     },
     workers::{Fleet, NotSteered, Queues, StartError, worker_count},
 };
@@ -122,6 +129,9 @@ pub enum RunError {
     /// The API's addresses.
     #[error(transparent)]
     Tcp(#[from] TcpError),
+    /// What is needed to ask for the Docker Swarm.
+    #[error("the Docker Swarm can't be read; see source.swarm")]
+    Swarm(#[from] TlsError),
     /// The thread that checks backends.
     #[error("health checks can't be started")]
     Health(#[source] io::Error),
@@ -162,7 +172,11 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
         file: std::mem::take(&mut config.desired.services),
         api: services.values().cloned().collect(),
         overlays: std::mem::take(&mut config.desired.overlays),
+        swarm: swarm::Wanted::default(),
     };
+    let swarm = config.source.swarm.as_ref();
+    let swarm = swarm.map(|swarm| Swarm::start(swarm, &config.api, config.maglev.clone()));
+    let swarm = swarm.transpose()?;
     let mut daemon = Daemon::start(config, wanted).await?;
     let (shown, views) = watch::channel(daemon.view());
     let limits = daemon.config.limits.clone();
@@ -173,6 +187,7 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
     let mut hops = daemon.next_hops.subscribe();
     let mut verdicts = daemon.checks.subscribe();
     let mut local_refused = daemon.local_refused.clone();
+    let mut swarm_states = swarm.as_ref().map(Swarm::subscribe);
     let mut tick = time::interval(TICK);
     tick.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
     let mut relink = time::interval(RELINK);
@@ -181,9 +196,13 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
         tokio::select! {
             _ = terminate.recv() => break Ok(()),
             _ = interrupt.recv() => break Ok(()),
-            change = source.next() => daemon.reload(change.cause, change.loaded).await,
+            change = source.next() => {
+                daemon.reload(change.cause, change.loaded).await;
+                daemon.refit_swarm().await;
+            }
             Some(wanted) = wanted.recv() => {
                 let outcome = daemon.want(wanted.services, wanted.joined).await;
+                daemon.refit_swarm().await;
                 // Who is told that it is done shall see it.
                 daemon.show(&shown);
                 let _ = wanted.outcome.send(outcome);
@@ -192,6 +211,7 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
                 let hops = hops.borrow_and_update().clone();
                 daemon.rehop(hops).await;
             }
+            Some(state) = newest(&mut swarm_states) => daemon.follow_swarm(state).await,
             Ok(()) = verdicts.changed() => daemon.rejudge().await,
             // To be shown.
             Ok(()) = local_refused.changed() => {}
@@ -224,20 +244,24 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
 struct Wanted {
     file: Vec<Arc<Service>>,
     api: Vec<Arc<Service>>,
+    /// Those of the file.
     overlays: Vec<Overlay>,
+    swarm: swarm::Wanted,
 }
 
 impl Wanted {
     fn join(&self, vteps: &[IpAddr], ends: &mut TunnelEnds) -> Result<Desired, Conflict> {
-        join(&[&self.file, &self.api], &self.overlays, vteps, ends)
+        let overlays = [&self.overlays[..], &self.swarm.overlays].concat();
+        join(&[&self.file, &self.swarm.services, &self.api], &overlays, vteps, ends)
     }
 
     /// Whether these are the very same services, in the same overlays.
     fn is(&self, joined: &Desired) -> bool {
-        let all = self.file.iter().chain(&self.api);
-        self.file.len() + self.api.len() == joined.services.len()
+        let all = self.file.iter().chain(&self.swarm.services).chain(&self.api);
+        let overlays = self.overlays.iter().chain(&self.swarm.overlays);
+        all.clone().count() == joined.services.len()
             && all.zip(&joined.services).all(|(own, joined)| Arc::ptr_eq(own, joined))
-            && self.overlays == joined.overlays
+            && overlays.eq(&joined.overlays)
     }
 }
 
@@ -281,6 +305,7 @@ struct Daemon {
     in_step: Option<Arc<Steering>>,
     /// `None` if nothing is to be announced.
     announcing: Option<Announcing>,
+    swarming: Swarming,
     refused: Option<String>,
     /// Rx queues of each interface.
     rx_queues: Vec<u32>,
@@ -358,6 +383,7 @@ impl Daemon {
             steered: Steered::default(),
             in_step: None,
             announcing,
+            swarming: Swarming::default(),
             refused: None,
             rx_queues: links.iter().map(|link| link.rx_queues).collect(),
             missing: None,
@@ -396,7 +422,9 @@ impl Daemon {
         next.next_hops = config.next_hops;
         next.node.answer_arp = config.node.answer_arp;
         let Desired { services: file, overlays } = config.desired;
-        let wanted = Wanted { file, overlays, api: self.wanted.api.clone() };
+        let wanted = Wanted { file, overlays, ..self.wanted.clone() };
+        // The file goes first: what it wants now may be in the way of the swarm's.
+        let (wanted, _) = fit(wanted, &next.node.vteps());
         match self.take_over(next, wanted, None).await {
             Ok(()) => {
                 self.refused = None;
@@ -796,7 +824,11 @@ async fn local_link(config: &Config, queues: &[Queues]) -> Result<Option<LocalLi
     let wanted = match config.node.local_link {
         config::LocalLink::Never => false,
         config::LocalLink::Always => true,
-        config::LocalLink::Auto => !config.desired.overlays.is_empty() && may_copy(config),
+        config::LocalLink::Auto => {
+            // A swarm's ingress network is known only later.
+            let has_overlay = !config.desired.overlays.is_empty() || config.source.swarm.is_some();
+            has_overlay && may_copy(config)
+        }
     };
     if !wanted {
         return Ok(None);
@@ -814,10 +846,11 @@ fn client_limits(config: &Config) -> Limits {
     }
 }
 
-/// This node's addresses: also that of the local link's far end, where workers are the node.
+/// This node's addresses: also those of the local link, at whose far end workers are the node.
 async fn own_addresses(local_link: Option<&LocalLink>) -> Result<Vec<IpAddr>, LinkError> {
     let far = local_link.map(LocalLink::interface).into_iter().flat_map(|far| far.addresses);
-    Ok(link::own_addresses().await?.into_iter().chain(far).collect())
+    let near = local_link.map(|_| NODE_ADDRESS.into());
+    Ok(link::own_addresses().await?.into_iter().chain(far).chain(near).collect())
 }
 
 /// What the workers have ports on, in their order.

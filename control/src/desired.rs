@@ -315,6 +315,8 @@ pub enum Owner {
     File,
     /// The HTTP API.
     Api,
+    /// The Docker Swarm that this node is of.
+    Swarm,
 }
 
 impl fmt::Display for Owner {
@@ -322,6 +324,7 @@ impl fmt::Display for Owner {
         f.write_str(match self {
             Self::File => "file",
             Self::Api => "api",
+            Self::Swarm => "swarm",
         })
     }
 }

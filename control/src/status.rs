@@ -14,7 +14,7 @@ use dataplane::{
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::health::Report;
+use crate::{health::Report, source::swarm::SwarmStatus};
 
 /// Everything.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -33,6 +33,8 @@ pub struct Status {
     /// and why.
     #[serde(default)]
     pub local_refused: BTreeMap<String, String>,
+    /// How the Docker Swarm is read, if it is.
+    pub swarm: Option<SwarmStatus>,
     /// The workers.
     pub workers: Vec<WorkerStatus>,
     /// Drops of all workers, by reason.
@@ -94,7 +96,7 @@ pub struct Drops {
 pub struct ServiceStatus {
     /// Its name.
     pub name: String,
-    /// Who may change it: `file` or `api`.
+    /// Who may change it: `file`, `api` or `swarm`.
     pub owner: String,
     /// Its address.
     pub vip: String,
@@ -200,6 +202,9 @@ impl fmt::Display for Status {
             writeln!(f, "the last change was refused: {refused}")?;
         }
         self.local_refused.values().try_for_each(|sentence| writeln!(f, "{sentence}"))?;
+        if let Some(swarm) = &self.swarm {
+            write!(f, "{swarm}")?;
+        }
         for worker in &self.workers {
             write_worker(f, worker)?;
         }
@@ -408,6 +413,17 @@ mod tests {
             ready: true,
             refused: Some("wiremesh.toml:3:1: unknown key".to_owned()),
             local_refused: [("80/tcp".to_owned(), "80/tcp is taken".to_owned())].into(),
+            swarm: Some(SwarmStatus {
+                cluster: "6f13ps22m3ch".to_owned(),
+                from: "engine".to_owned(),
+                fresh: false,
+                reason: Some("/var/run/docker.sock does not tell".to_owned()),
+                mesh_address: Some([10, 0, 0, 2].into()),
+                nodes: 3,
+                services: 1,
+                tasks: 2,
+                remarks: vec!["the network `ingress` is encrypted".to_owned()],
+            }),
             workers: vec![worker, idle],
             drops: [
                 drops(1, DropReason::Fragment),
@@ -425,6 +441,9 @@ mod tests {
 n1: wiremesh 0.1.0, ready, generation 4
 the last change was refused: wiremesh.toml:3:1: unknown key
 80/tcp is taken
+swarm 6f13ps22m3ch by its engine: 3 nodes, 1 services, 2 tasks, mesh address 10.0.0.2
+  as last known: /var/run/docker.sock does not tell
+  the network `ingress` is encrypted
 worker 0 on core 2: 1203 packets in, 1200 out
   eth0 queue 0: native XDP, copy, huge pages
     not zero-copy: the driver cannot

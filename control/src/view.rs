@@ -17,6 +17,7 @@ use crate::{
     health::{Board, Report, Verdict},
     local::Refused,
     plan::Placement,
+    source::swarm,
     status::{
         BackendStatus, PortStatus, ServiceStatus, Status, WorkerStatus, drops, events, losses,
         own_drops,
@@ -45,6 +46,8 @@ pub struct View {
     pub local_refused: Refused,
     /// Whether one of our interfaces is gone.
     pub link_missing: bool,
+    /// What is known of the Docker Swarm, if one is read.
+    pub swarm: Option<Arc<swarm::State>>,
 }
 
 impl View {
@@ -275,6 +278,7 @@ impl Observed {
                 .iter()
                 .map(|(port, why)| (port.to_string(), why.clone()))
                 .collect(),
+            swarm: view.swarm.as_ref().map(|swarm| swarm.status.clone()),
             services: services.collect(),
             drops: drops(self.counters()),
             workers: self.workers.iter().enumerate().map(|(id, w)| self.worker(id, w)).collect(),

@@ -17,6 +17,7 @@ use crate::{
     desired::{self, Desired, ServicePort},
     local::Refused,
     plan::Placement,
+    source::swarm::SwarmStatus,
     view::{self, Placed, View},
 };
 
@@ -84,6 +85,18 @@ pub enum Event {
         /// Why it is; `None` if it is no longer.
         reason: Option<String>,
     },
+    /// Something that the Docker Swarm asks for is not done.
+    Remark {
+        /// What, and why.
+        remark: String,
+    },
+    /// The Docker Swarm can't be read any more, and what was last known stays; or it can again.
+    Swarm {
+        /// Whether it can.
+        fresh: bool,
+        /// Why not.
+        reason: Option<String>,
+    },
     /// Workers forward by another snapshot, in which all that was told before is.
     Generation {
         /// Its number.
@@ -101,6 +114,8 @@ impl Event {
             Self::BackendRemoved { .. } => "backend-removed",
             Self::Refused { .. } => "refused",
             Self::LocalPort { .. } => "local-port",
+            Self::Remark { .. } => "remark",
+            Self::Swarm { .. } => "swarm",
             Self::Generation { .. } => "generation",
         }
     }
@@ -123,6 +138,11 @@ impl fmt::Display for Event {
             Self::LocalPort { port, reason: None } => {
                 write!(f, "{port} is no longer kept from clients on this node")
             }
+            Self::Remark { remark } => write!(f, "swarm: {remark}"),
+            Self::Swarm { reason: Some(reason), .. } => {
+                write!(f, "the swarm can't be read: {reason}")
+            }
+            Self::Swarm { reason: None, .. } => f.write_str("the swarm is read"),
             Self::Generation { generation } => write!(f, "generation {generation}"),
         }
     }
@@ -135,6 +155,7 @@ struct Told {
     placements: Arc<[Placement]>,
     refused: Option<String>,
     local_refused: Refused,
+    swarm: SwarmStatus,
     generation: u64,
 }
 
@@ -191,6 +212,12 @@ fn tell(told: Told, view: &View) -> (Vec<Event>, Told) {
     let again = told.local_refused.keys().filter(|port| !view.local_refused.contains_key(port));
     let ports = refused.map(reasons).chain(again.map(|port| (*port, None)));
     events.extend(ports.map(|(port, reason)| Event::LocalPort { port: port.to_string(), reason }));
+    let swarm = view.swarm.as_ref().map(|swarm| swarm.status.clone()).unwrap_or_default();
+    if (swarm.fresh, &swarm.reason) != (told.swarm.fresh, &told.swarm.reason) {
+        events.push(Event::Swarm { fresh: swarm.fresh, reason: swarm.reason.clone() });
+    }
+    let remarks = swarm.remarks.iter().filter(|remark| !told.swarm.remarks.contains(remark));
+    events.extend(remarks.map(|remark| Event::Remark { remark: remark.clone() }));
     if view.generation != told.generation {
         events.push(Event::Generation { generation: view.generation });
     }
@@ -199,6 +226,7 @@ fn tell(told: Told, view: &View) -> (Vec<Event>, Told) {
         placements: view.placements.clone(),
         refused: view.refused.clone(),
         local_refused: view.local_refused.clone(),
+        swarm,
         generation: view.generation,
     };
     (events, told)

@@ -103,6 +103,12 @@ fn node(observed: &Observed, view: &View, all: &mut Families) {
     let help = "Whether the last change of the configuration file was refused.";
     let refused = u64::from(view.refused.is_some());
     all.gauge("config_refused", help, vec![sample(&[], refused)]);
+    if let Some(swarm) = &view.swarm {
+        let help = "Whether what is known of the Docker Swarm is what its managers say now.";
+        all.gauge("swarm_fresh", help, vec![sample(&[], swarm.status.fresh.into())]);
+        let help = "What the Docker Swarm asks for and is not done; `wiremesh status` says why.";
+        all.gauge("swarm_remarks", help, vec![sample(&[], swarm.status.remarks.len() as u64)]);
+    }
 }
 
 fn services(observed: &Observed, view: &View, census: &Census, limit: usize, all: &mut Families) {

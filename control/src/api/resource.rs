@@ -21,7 +21,7 @@ use crate::{
 pub struct Service {
     /// Its name.
     pub name: String,
-    /// Who may change it: `file` or `api`.
+    /// Who may change it: `file`, `api` or `swarm`.
     pub owner: String,
     /// Names this state of what is wanted: an ETag without its quotes.
     pub version: String,

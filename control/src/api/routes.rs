@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
+    sync::Arc,
 };
 
 use axum::{
@@ -28,8 +29,9 @@ use crate::{
     config::{Remark, ServiceSpec},
     desired,
     explain::{self, Explained},
+    source::swarm::{NEWS_TIMEOUT, News},
     status::{self, BackendStatus, Drops, Status},
-    view::Placed,
+    view::{Placed, View},
 };
 
 /// Who we are, for the document.
@@ -53,6 +55,7 @@ fn routes() -> OpenApiRouter<Api> {
         .routes(routes!(backends))
         .routes(routes!(drops))
         .routes(routes!(nodes))
+        .routes(routes!(swarm))
         .routes(routes!(flows))
         .routes(routes!(explain))
         .routes(routes!(events))
@@ -317,6 +320,49 @@ async fn drops(State(api): State<Api>) -> Json<BTreeMap<String, Drops>> {
 async fn nodes(State(api): State<Api>) -> Response {
     let (observed, view) = (api.observed().clone(), api.view());
     long(&api, move || resource::nodes(&observed, &view)).await
+}
+
+/// Which news.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct After {
+    /// The version of the answer that is known already.
+    after: Option<u64>,
+}
+
+/// What the Docker Swarm publishes, as this node's engine, a manager's, says.
+///
+/// For the nodes whose engines are workers'. With `after` it is answered as soon as there is another
+/// version, and within ten seconds in any case.
+#[utoipa::path(
+    get, path = "/v1/swarm", tag = "node", params(After),
+    responses(
+        (status = 200, body = News),
+        (status = 400, body = Problem, content_type = "application/problem+json"),
+        (status = 404, body = Problem, content_type = "application/problem+json",
+            description = "This node reads no swarm, or has it from others"),
+    ),
+)]
+async fn swarm(
+    State(api): State<Api>,
+    Asked(After { after }): Asked<After>,
+) -> Result<Response, Problem> {
+    let mut views = api.0.views.clone();
+    let is_new = |view: &Arc<View>| {
+        let news = view.swarm.as_ref().and_then(|swarm| swarm.news.as_ref());
+        news.is_none_or(|news| Some(news.version) != after)
+    };
+    // What is there is what is told, when the wait is over or the daemon ends.
+    let _ = time::timeout(NEWS_TIMEOUT, views.wait_for(is_new)).await;
+    let view = api.view();
+    let news = view.swarm.as_ref().and_then(|swarm| swarm.news.clone());
+    let news = news.ok_or_else(|| {
+        let detail = "this node has no swarm to tell of: its engine is no manager's, or [source.swarm] \
+            is not in its configuration";
+        Problem::new(StatusCode::NOT_FOUND, detail)
+    })?;
+    Ok(long(&api, move || (*news).clone()).await)
 }
 
 /// Which flows.

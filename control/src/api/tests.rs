@@ -26,7 +26,10 @@ use crate::{
     desired::{self, Desired, Protocol, ServicePort},
     offline::Offline,
     plan::{Inputs, Planner},
-    source::api::Store,
+    source::{
+        api::Store,
+        swarm::{self, News, SwarmStatus},
+    },
     status::Status,
 };
 
@@ -67,6 +70,7 @@ fn view(text: &str, generation: u64) -> Arc<View> {
         refused: None,
         local_refused: Default::default(),
         link_missing: false,
+        swarm: None,
     })
 }
 
@@ -110,6 +114,7 @@ impl PlanningDaemon {
             refused: None,
             local_refused: Default::default(),
             link_missing: false,
+            swarm: None,
         }));
         Ok(())
     }
@@ -877,6 +882,8 @@ fn a_watcher_is_told_what_is_and_then_what_changes() {
             Event::BackendRemoved { backend, .. } => format!("-{backend}"),
             Event::Refused { reason } => reason.clone(),
             Event::LocalPort { port, reason } => format!("{port} {reason:?}"),
+            Event::Remark { remark } => remark.clone(),
+            Event::Swarm { fresh, .. } => fresh.to_string(),
             Event::Generation { generation } => generation.to_string(),
         })
         .collect();
@@ -924,6 +931,54 @@ fn a_watcher_is_told_which_ports_are_kept_from_clients_on_this_node() {
         .unwrap();
     let taken = |port: &str| (port.to_owned(), Some("taken".to_owned()));
     assert_eq!(told, [taken("80/tcp"), taken("81/tcp"), ("80/tcp".to_owned(), None)]);
+}
+
+/// What a daemon shows that reads a swarm, or `None` if it is told by others.
+fn view_of_swarm(version: Option<u64>) -> Arc<View> {
+    let news = |version| Arc::new(News { version, fresh: true, table: Default::default() });
+    let remarks = vec!["a label is wrong".to_owned()];
+    let status = SwarmStatus { fresh: true, remarks, ..SwarmStatus::default() };
+    let state = swarm::State { news: version.map(news), status, ..Default::default() };
+    let view = view(CONFIG, 1);
+    Arc::new(View { swarm: Some(Arc::new(state)), ..Arc::into_inner(view).unwrap() })
+}
+
+#[test]
+fn who_is_told_of_the_swarm_waits_for_what_is_new() {
+    let rig = Rig::new(CONFIG);
+    for view in [view(CONFIG, 1), view_of_swarm(None)] {
+        rig.views.send_replace(view);
+        let answer = rig.client().get::<Value>("/v1/swarm");
+        let Err(ClientError::Refused(problem)) = answer else { panic!("{answer:?}") };
+        assert_eq!(problem.status, 404);
+    }
+    rig.views.send_replace(view_of_swarm(Some(7)));
+    assert_eq!(rig.get("/v1/swarm")["version"], 7);
+    assert_eq!(rig.get("/v1/swarm?after=6")["version"], 7);
+    let views = rig.views.clone();
+    let later = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(300));
+        views.send_replace(view_of_swarm(Some(8)));
+    });
+    let asked = std::time::Instant::now();
+    assert_eq!(rig.get("/v1/swarm?after=7")["version"], 8);
+    assert!((200..2000).contains(&asked.elapsed().as_millis()), "{:?}", asked.elapsed());
+    later.join().unwrap();
+}
+
+#[test]
+fn a_watcher_is_told_how_the_swarm_is_read_and_what_of_it_is_not_done() {
+    let rig = Rig::new(CONFIG);
+    rig.views.send_replace(view_of_swarm(Some(7)));
+    let mut told = Vec::new();
+    rig.client()
+        .watch("/v1/events", |event: Event| {
+            let is_last = matches!(event, Event::Generation { .. });
+            told.push(event.to_string());
+            !is_last
+        })
+        .unwrap();
+    assert_eq!(told[3..5], ["the swarm is read", "swarm: a label is wrong"]);
 }
 
 #[test]

@@ -28,6 +28,7 @@ pub struct File {
     pub nat: Nat,
     pub maglev: Maglev,
     pub limits: Limits,
+    pub source: Sources,
     pub next_hop: Vec<Spanned<NextHop>>,
     pub overlay: Vec<Spanned<Overlay>>,
     pub service: Vec<Spanned<Service>>,
@@ -130,6 +131,23 @@ pub struct Limits {
     pub vips: Key<i64>,
     pub health_checks: Key<i64>,
     pub local_clients: Key<i64>,
+}
+
+/// `[source]`
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, expecting = "a table, [source]")]
+pub struct Sources {
+    pub swarm: Key<Swarm>,
+}
+
+/// `[source.swarm]`
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, expecting = "a table, [source.swarm]")]
+pub struct Swarm {
+    pub socket: Key<String>,
+    pub cert_path: Key<String>,
+    pub managers: Key<Vec<Spanned<String>>>,
+    pub poll_ms: Key<i64>,
 }
 
 /// `[[next_hop]]`

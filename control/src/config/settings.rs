@@ -80,7 +80,7 @@ pub fn api(written: &file::Api, report: &mut Report) -> Api {
     let (path, mode) = (&written.socket, &written.socket_mode);
     let state = &written.state_directory;
     Api {
-        socket: path.as_ref().map_or(defaults.socket, |key| socket(key, report)),
+        socket: path.as_ref().map_or(defaults.socket, |key| socket_path(key, report)),
         socket_mode: mode.as_ref().map_or(defaults.socket_mode, |key| socket_mode(key, report)),
         listen: listen(written, report),
         tls: tls(written, report),
@@ -553,7 +553,8 @@ fn not_auto(key: &str, word: &str, otherwise: &str, span: Span, report: &mut Rep
     report.error(span, format!("`{key}` is \"{word}\""), format!("\"auto\" or {otherwise}"));
 }
 
-fn socket(written: &Spanned<String>, report: &mut Report) -> PathBuf {
+/// A path that a Unix socket can have.
+pub fn socket_path(written: &Spanned<String>, report: &mut Report) -> PathBuf {
     let path = written.get_ref();
     if !path.starts_with('/') || path.len() > MAX_SOCKET_PATH || path.contains('\0') {
         report.error(
@@ -565,7 +566,7 @@ fn socket(written: &Spanned<String>, report: &mut Report) -> PathBuf {
     PathBuf::from(path)
 }
 
-fn absolute(key: &str, written: &Spanned<String>, report: &mut Report) -> PathBuf {
+pub fn absolute(key: &str, written: &Spanned<String>, report: &mut Report) -> PathBuf {
     let path = written.get_ref();
     if !path.starts_with('/') || path.contains('\0') {
         let message = format!("`{key}` is `{path}`");

@@ -891,6 +891,33 @@ fn a_next_hop_that_cannot_be_is_refused_at_its_place() {
 }
 
 #[test]
+fn a_swarm_that_cannot_be_read_is_refused_at_its_place() {
+    let tls = "[api]\ncertificate = \"/a\"\nkey = \"/b\"\nclient_ca = \"/c\"\n";
+    for (keys, message) in [
+        ("socket = \"docker.sock\"", "`socket` is no path that a socket can have"),
+        ("socket = \"tcp://10.0.0.1\"", "as in tcp://10.0.0.1:2376"),
+        ("socket = \"tcp://10.0.0.1:2376\"", "add `cert_path`"),
+        ("cert_path = \"/etc/docker\"", "leave it out, or have `socket = \"tcp://HOST:2376\"`"),
+        ("cert_path = \"etc\"\nsocket = \"tcp://h:1\"", "`cert_path` is `etc`: an absolute path"),
+        ("managers = [\"10.0.0.1:9443\"]", "as in https://10.0.0.1:9443"),
+        ("managers = [\"http://10.0.0.1:9443\"]", "https://, or a loopback address"),
+        ("managers = [\"https://10.0.0.1:9443\"]", "add `certificate`, `key` and `client_ca`"),
+        ("poll_ms = 19", "`poll_ms` is 19"),
+        ("poll = 200", "unknown key `poll`: did you mean `poll_ms`?"),
+    ] {
+        let errors = errors(&format!("[source.swarm]\n{keys}\n"));
+        assert!(errors.len() == 1 && errors[0].contains(message), "{keys}: {errors:?}");
+    }
+    let good = "socket = \"tcp://[::1]:2375\"\n\
+                managers = [\"https://m1:9443/\", \"http://127.0.0.1:9180\"]\n";
+    let swarm = config(&format!("{tls}[source.swarm]\n{good}")).source.swarm.unwrap();
+    let engine = Engine::Tcp { address: "[::1]:2375".to_owned(), certificates: None };
+    assert_eq!((swarm.engine, swarm.poll_ms), (engine, 200));
+    let managers: Vec<_> = swarm.managers.into_iter().map(|m| (m.address, m.tls)).collect();
+    assert_eq!(managers, [("m1:9443".to_owned(), true), ("127.0.0.1:9180".to_owned(), false),]);
+}
+
+#[test]
 fn all_errors_are_reported_at_once_in_the_order_of_the_file() {
     let text = spoiled("\"n1\"", "\"\"")
         .replace("\"203.0.113.10\"", "\"::1\"")
@@ -987,7 +1014,9 @@ fn uncommented(wanted: impl Fn(&str) -> bool) -> String {
     let is_key = |line: &str| {
         let name = line.split(" = ").next().unwrap_or_default();
         let is_name = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
-        line.contains(" = ") && name.chars().all(is_name) || line.starts_with("[[")
+        line.contains(" = ") && name.chars().all(is_name)
+            || line.starts_with("[[")
+            || line.starts_with("[source")
     };
     EXAMPLE
         .lines()
@@ -1057,7 +1086,7 @@ fn the_example_has_every_key_and_is_valid_with_all_of_them() {
             .cloned()
             .collect::<BTreeSet<_>>()
     };
-    let places: [(&[&str], &str); 13] = [
+    let places: [(&[&str], &str); 15] = [
         (&[], ""),
         (&["node"], "[node]"),
         (&["api"], "[api]"),
@@ -1066,6 +1095,8 @@ fn the_example_has_every_key_and_is_valid_with_all_of_them() {
         (&["nat"], "[nat]"),
         (&["maglev"], "[maglev]"),
         (&["limits"], "[limits]"),
+        (&["source"], "[source]"),
+        (&["source", "swarm"], "[source.swarm]"),
         (&["next_hop"], "[[next_hop]]"),
         (&["overlay"], "[[overlay]]"),
         (&["service"], "[[service]]"),

@@ -33,6 +33,8 @@ impl Daemon {
                 && view.refused == self.refused
                 && Arc::ptr_eq(&view.local_refused, &self.local_refused.borrow())
                 && view.link_missing == self.missing.is_some()
+                && view.swarm.as_ref().map(Arc::as_ptr)
+                    == self.swarming.shown.as_ref().map(Arc::as_ptr)
         };
         if !same(&shown.borrow()) {
             shown.send_replace(self.view());
@@ -51,6 +53,7 @@ impl Daemon {
             refused: self.refused.clone(),
             local_refused: self.local_refused.borrow().clone(),
             link_missing: self.missing.is_some(),
+            swarm: self.swarming.shown.clone(),
         })
     }
 

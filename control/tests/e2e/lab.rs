@@ -13,7 +13,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/lab");
+const LAB: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/lab");
+const SWARM: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/lab-swarm");
 
 /// Servers on the backends, load on the client: see its `--help`.
 pub const PEER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/lab-peer");
@@ -29,6 +30,7 @@ static LABS: AtomicU32 = AtomicU32::new(0);
 
 /// Client, router, mesh nodes `n1`… and backends `b1`…, each in a network namespace.
 pub struct Lab {
+    script: &'static str,
     name: String,
     state: PathBuf,
     _alone: MutexGuard<'static, ()>,
@@ -37,15 +39,24 @@ pub struct Lab {
 impl Lab {
     /// Lays it out; `options` are those of `scripts/lab up`.
     pub fn up(options: &[&str]) -> Self {
+        Self::by(LAB, "wmt", options)
+    }
+
+    /// A Docker Swarm instead of backends; `options` are those of `scripts/lab-swarm up`.
+    pub fn swarm(options: &[&str]) -> Self {
+        Self::by(SWARM, "wms", options)
+    }
+
+    fn by(script: &'static str, prefix: &str, options: &[&str]) -> Self {
         // /proc/self belongs to the effective user.
         let user = fs::metadata("/proc/self").unwrap().uid();
         assert!(user == 0, "needs root: run scripts/test as root");
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let number = LABS.fetch_add(1, Ordering::Relaxed);
-        let name = format!("wmt{}n{number}", std::process::id());
-        succeed(bounded(SCRIPT).arg("up").arg(&name).args(options));
-        let state = succeed(bounded(SCRIPT).args(["state", &name]));
-        Self { name, state: state.trim_end().into(), _alone: alone }
+        let name = format!("{prefix}{}n{number}", std::process::id());
+        succeed(bounded(script).arg("up").arg(&name).args(options));
+        let state = succeed(bounded(script).args(["state", &name]));
+        Self { script, name, state: state.trim_end().into(), _alone: alone }
     }
 
     /// A file in the lab's directory: configs, logs, what the backends serve and were sent.
@@ -109,6 +120,17 @@ impl Lab {
         self.script(&["fallback", &self.name, node, backend]);
     }
 
+    /// The docker CLI at a node's engine, which must succeed. Returns what it printed.
+    pub fn docker(&self, node: &str, words: &str) -> String {
+        let script = [&["docker", &self.name, node], &words.split(' ').collect::<Vec<_>>()[..]];
+        succeed(bounded(self.script).args(script.concat()))
+    }
+
+    /// Kills a node's engine and all that runs in it, or starts it again: `kill`, `start`.
+    pub fn engine(&self, node: &str, what: &str) {
+        self.script(&["engine", &self.name, node, what]);
+    }
+
     /// A node's config with one thing changed, in another file or in place.
     pub fn write_config(&self, node: &str, file: &str, from: &str, to: &str) -> String {
         let good = fs::read_to_string(self.file(&format!("{node}.toml"))).unwrap();
@@ -135,14 +157,14 @@ impl Lab {
     }
 
     fn script(&self, arguments: &[&str]) {
-        succeed(bounded(SCRIPT).args(arguments));
+        succeed(bounded(self.script).args(arguments));
     }
 }
 
 impl Drop for Lab {
     fn drop(&mut self) {
         // Must not panic: another panic may be why we are here.
-        let _ = bounded(SCRIPT).args(["down", &self.name]).status();
+        let _ = bounded(self.script).args(["down", &self.name]).status();
     }
 }
 

@@ -17,5 +17,6 @@ mod health;
 mod local;
 mod nat;
 mod scale;
+mod swarm;
 mod traffic;
 mod wire;

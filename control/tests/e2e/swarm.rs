@@ -1,0 +1,518 @@
+//! A real Docker Swarm, laid out by `scripts/lab-swarm`: real engines, real tasks, the docker CLI as in
+//! Docker's tutorials. Each test has a swarm of its own, which is up within seconds.
+
+use std::{
+    fs,
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
+
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use serde_json::Value;
+
+use crate::{
+    client::{Held, Load, NO_ERRORS, Vip, get, load, parse, send_datagrams, start_load},
+    daemon::Daemon,
+    lab::{Background, Lab, PEER, bounded, wait_until},
+};
+
+/// How long a swarm may take to place a task and start its container.
+const STARTED_S: u64 = 30;
+/// How long Wiremesh may take to see what Docker has decided.
+const SEEN: Duration = Duration::from_secs(1);
+
+/// Writes a node's config: as little as an operator would.
+fn configure(lab: &Lab, node: &str, api: &str, swarm: &str) {
+    let path = |name: &str| lab.file(name).display().to_string();
+    let text = format!(
+        "[node]\nname = \"{node}\"\ninterfaces = [\"eth0\"]\n\n\
+         [api]\nsocket = \"{}\"\nstate_directory = \"{}\"\n{api}\n\
+         [dataplane]\nhang_timeout_ms = 10000\n\n\
+         [source.swarm]\nsocket = \"{}\"\n{swarm}\n",
+        path(&format!("{node}.sock")),
+        path(&format!("{node}.state")),
+        path(&format!("{node}/docker.sock")),
+    );
+    fs::write(lab.file(&format!("{node}.toml")), text).unwrap();
+}
+
+fn start(lab: &Lab, node: &str) -> Daemon {
+    configure(lab, node, "", "");
+    let daemon = Daemon::start(lab, node);
+    wait_until("the swarm is read", 10, || status(&daemon)["fresh"] == true);
+    daemon
+}
+
+/// `docker service create`, without waiting for its tasks.
+fn create(lab: &Lab, words: &str) {
+    lab.docker("n1", &format!("service create -q -d --no-resolve-image {words}"));
+}
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text).unwrap()
+}
+
+/// What a manager's daemon knows of the swarm.
+fn table(daemon: &Daemon) -> Value {
+    json(&daemon.get("/v1/swarm"))["table"].clone()
+}
+
+/// A service in it; null if it is not there.
+fn service(daemon: &Daemon, name: &str) -> Value {
+    let table = table(daemon);
+    let services = table["services"].as_array().unwrap();
+    services.iter().find(|s| s["spec"]["name"] == name).cloned().unwrap_or_default()
+}
+
+/// The weights of a service's tasks.
+fn weights(daemon: &Daemon, name: &str) -> Vec<u64> {
+    let service = service(daemon, name);
+    let tasks = service["tasks"].as_array();
+    tasks.into_iter().flatten().map(|task| task["weight"].as_u64().unwrap()).collect()
+}
+
+fn ports(daemon: &Daemon, name: &str) -> Vec<String> {
+    let service = service(daemon, name);
+    let ports = service["spec"]["ports"].as_array();
+    ports.into_iter().flatten().map(|port| port.as_str().unwrap().to_owned()).collect()
+}
+
+fn status(daemon: &Daemon) -> Value {
+    daemon.status()["swarm"].clone()
+}
+
+/// Must hold soon after what was done just now.
+fn soon(what: &str, mut holds: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    wait_until(what, 5, &mut holds);
+    let took = begun.elapsed();
+    // The test's own question takes time, too, on a machine that starts containers.
+    assert!(took < SEEN + Duration::from_millis(500), "{what}: {took:?}");
+}
+
+#[test]
+fn what_docker_decides_is_seen_within_a_second() {
+    let lab = Lab::swarm(&[]);
+    let daemon = start(&lab, "n1");
+    create(&lab, "--name web --replicas 3 --publish 8080:80 --stop-grace-period 3s server");
+    wait_until("three tasks run", STARTED_S, || weights(&daemon, "web") == [1, 1, 1]);
+    assert_eq!(ports(&daemon, "web"), ["8080:80/tcp"]);
+
+    lab.docker("n1", "service scale -d web=1");
+    soon("two tasks drain", || {
+        let mut weights = weights(&daemon, "web");
+        weights.sort_unstable();
+        weights == [0, 0, 1]
+    });
+    wait_until("they are gone", 10, || weights(&daemon, "web") == [1]);
+
+    // A port that Docker chooses, and one of host mode, which is none of ours.
+    create(
+        &lab,
+        "--name more --publish target=80 --publish published=9000,target=81,mode=host server",
+    );
+    soon("a service is there", || ports(&daemon, "more").len() == 1);
+    assert!(ports(&daemon, "more")[0].ends_with(":80/tcp"));
+    lab.docker("n1", "service update -q -d --publish-add 5353:5353/udp more");
+    soon("a port is published", || ports(&daemon, "more").contains(&"5353:5353/udp".to_owned()));
+    lab.docker("n1", "service update -q -d --publish-rm 80 more");
+    soon("a port is withdrawn", || ports(&daemon, "more") == ["5353:5353/udp"]);
+
+    lab.docker("n1", "service update -q -d --label-add wiremesh.locality=nearby web");
+    soon("a wrong label is remarked", || {
+        let remarks = status(&daemon)["remarks"].to_string();
+        remarks.contains("wiremesh.locality") && remarks.contains("prefer or require")
+    });
+    assert_eq!(weights(&daemon, "web"), [1], "and the rest goes on");
+    assert_eq!(daemon.log().matches("wiremesh.locality").count(), 1, "said once");
+
+    lab.docker("n1", "service rm web");
+    soon("a service is gone", || service(&daemon, "web").is_null());
+}
+
+#[test]
+fn tasks_leave_a_node_that_is_drained() {
+    let lab = Lab::swarm(&[]);
+    let daemon = start(&lab, "n1");
+    create(&lab, "--name web --mode global --publish 8080:80 --stop-grace-period 3s server");
+    wait_until("each node has a task", STARTED_S, || weights(&daemon, "web") == [1, 1, 1]);
+    lab.docker("n1", "node update --availability drain n2");
+    soon("one drains", || weights(&daemon, "web").contains(&0));
+    wait_until("it is gone", 10, || weights(&daemon, "web") == [1, 1]);
+}
+
+#[test]
+fn a_swarm_that_can_no_longer_be_read_stays_as_it_was_last_known() {
+    let lab = Lab::swarm(&["--managers", "3"]);
+    let daemon = start(&lab, "n1");
+    create(&lab, "--name web --replicas 2 --publish 8080:80 --constraint node.hostname==n1 server");
+    wait_until("two tasks run", STARTED_S, || weights(&daemon, "web") == [1, 1]);
+
+    // Without a quorum the engine answers, but not for the swarm.
+    lab.engine("n2", "kill");
+    lab.engine("n3", "kill");
+    wait_until("that is said", 30, || status(&daemon)["fresh"] == false);
+    assert!(!status(&daemon)["reason"].is_null());
+    assert_eq!(weights(&daemon, "web"), [1, 1]);
+    assert!(daemon.get("/metrics").contains("wiremesh_swarm_fresh 0"));
+    lab.engine("n2", "start");
+    wait_until("it is read again", 30, || status(&daemon)["fresh"] == true);
+
+    lab.engine("n1", "kill");
+    wait_until("that is said", 10, || status(&daemon)["fresh"] == false);
+    assert_eq!(weights(&daemon, "web"), [1, 1]);
+    lab.engine("n1", "start");
+    wait_until("it is read again", 60, || status(&daemon)["fresh"] == true);
+}
+
+/// A certificate of `authority` for an address, and its key; files in PEM.
+fn sign(lab: &Lab, authority: &Issuer<'_, KeyPair>, name: &str, address: &str) {
+    let key = KeyPair::generate().unwrap();
+    let params = CertificateParams::new(vec![address.to_owned()]).unwrap();
+    let certificate = params.signed_by(&key, authority).unwrap();
+    fs::write(lab.file(&format!("{name}.crt")), certificate.pem()).unwrap();
+    fs::write(lab.file(&format!("{name}.key")), key.serialize_pem()).unwrap();
+}
+
+/// An authority, and what `[api]` says to have a certificate of it.
+fn certify<'a>(lab: &'a Lab, nodes: &[(&str, &str)]) -> impl Fn(&str) -> String + 'a {
+    let mut params = CertificateParams::new(Vec::new()).unwrap();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let key = KeyPair::generate().unwrap();
+    let own = params.self_signed(&key).unwrap();
+    fs::write(lab.file("ca.crt"), own.pem()).unwrap();
+    let authority = Issuer::new(params, key);
+    for (node, address) in nodes {
+        sign(lab, &authority, node, address);
+    }
+    let path = |lab: &Lab, name: &str| lab.file(name).display().to_string();
+    move |node| {
+        format!(
+            "certificate = \"{}\"\nkey = \"{}\"\nclient_ca = \"{}\"\n",
+            path(lab, &format!("{node}.crt")),
+            path(lab, &format!("{node}.key")),
+            path(lab, "ca.crt")
+        )
+    }
+}
+
+#[test]
+fn a_worker_is_told_by_a_manager_by_tls() {
+    let lab = Lab::swarm(&[]);
+    let tls = certify(&lab, &[("n1", "10.78.0.11"), ("n2", "10.78.0.12")]);
+    configure(&lab, "n1", &format!("listen = [\"10.78.0.11:9443\"]\n{}", tls("n1")), "");
+    // The first does not answer: the second is asked.
+    let managers = "managers = [\"https://10.78.0.13:9443\", \"https://10.78.0.11:9443\"]";
+    configure(&lab, "n2", &tls("n2"), managers);
+    let manager = Daemon::start(&lab, "n1");
+    let worker = Daemon::start(&lab, "n2");
+    create(&lab, "--name web --replicas 2 --publish 8080:80 --stop-grace-period 3s server");
+    wait_until("the worker knows of two tasks", STARTED_S, || status(&worker)["tasks"] == 2);
+    let told = status(&worker);
+    assert_eq!((&told["from"], &told["fresh"]), (&"managers".into(), &true.into()), "{told}");
+    assert!(told["mesh_address"].is_string(), "from its own engine: {told}");
+
+    lab.docker("n1", "service update -q -d --label-add wiremesh.weight=x web");
+    soon("the worker hears of a label", || {
+        status(&worker)["remarks"].to_string().contains("weight")
+    });
+    // Who shows no certificate is told nothing.
+    let bare = ["curl", "-sk", "--max-time", "5", "https://10.78.0.11:9443/v1/swarm"];
+    assert!(!lab.run("n2", &bare).status.success());
+
+    manager.terminate();
+    wait_until("the worker says so", 30, || status(&worker)["fresh"] == false);
+    assert_eq!(status(&worker)["tasks"], 2);
+    let _manager = Daemon::start(&lab, "n1");
+    wait_until("the worker is told again", 30, || status(&worker)["fresh"] == true);
+}
+
+/// Asks an engine what the CLI would only do after a question.
+fn remove_ingress(lab: &Lab, name: &str) {
+    let socket = lab.file("n1/docker.sock");
+    let remove = |socket: &Path| {
+        let mut curl = bounded("curl");
+        curl.args(["-sf", "-X", "DELETE", "--unix-socket"]).arg(socket);
+        curl.arg(format!("http://docker/networks/{name}")).status().unwrap().success()
+    };
+    wait_until("the ingress network is removed", 20, || remove(&socket));
+    let gone = |node: &str| {
+        !lab.docker(node, "network ls --format {{.Name}}").lines().any(|other| other == name)
+    };
+    wait_until("no node has it", 20, || ["n1", "n2"].iter().all(|node| gone(node)));
+}
+
+#[test]
+fn another_ingress_network_and_data_path_port_are_followed_and_an_encrypted_one_is_refused() {
+    let lab = Lab::swarm(&["--nodes", "2", "--data-path-port", "7789"]);
+    let daemon = start(&lab, "n1");
+    let ingress = |key: &str| table(&daemon)["ingress"][key].clone();
+    wait_until("the network is known", 10, || ingress("port") == 7789);
+    remove_ingress(&lab, "ingress");
+    let network = "network create --driver overlay --ingress";
+    lab.docker("n1", &format!("{network} --subnet 10.11.0.0/16 --opt encrypted secret"));
+    wait_until("it is refused", 10, || {
+        status(&daemon)["remarks"].to_string().contains("`secret` is encrypted")
+    });
+    remove_ingress(&lab, "secret");
+    let mtu = "--opt com.docker.network.driver.mtu=1400";
+    lab.docker("n1", &format!("{network} --subnet 10.12.0.0/16 {mtu} mine"));
+    wait_until("the new one is known", 10, || ingress("name") == "mine");
+    assert_eq!((ingress("mtu"), ingress("port")), (1400.into(), 7789.into()));
+    // Docker brings the network to a node with the first task there.
+    create(&lab, "--name web --mode global --publish 8080:80 server");
+    wait_until("this node has an address there", STARTED_S, || {
+        status(&daemon)["mesh_address"].as_str().is_some_and(|a| a.starts_with("10.12."))
+    });
+}
+
+// --- with traffic ---------------------------------------------------------------------------------
+
+/// What each node is asked by; the server sees an address of the overlay, never the same.
+const fn on_node(address: &'static str, url: &'static str) -> Vip {
+    Vip { address, url, client: "" }
+}
+const NODES: [Vip; 3] = [
+    on_node("10.78.0.11", "http://10.78.0.11:8080"),
+    on_node("10.78.0.12", "http://10.78.0.12:8080"),
+    on_node("10.78.0.13", "http://10.78.0.13:8080"),
+];
+
+/// Wiremesh on each of three nodes, which are managers all.
+fn mesh(options: &[&str]) -> (Lab, [Daemon; 3]) {
+    let lab = Lab::swarm(&[&["--managers", "3"], options].concat());
+    let daemons = ["n1", "n2", "n3"].map(|node| start(&lab, node));
+    (lab, daemons)
+}
+
+/// How many backends of a service take new connections.
+fn active(daemon: &Daemon, name: &str) -> usize {
+    let (_, backends) =
+        daemon.call("GET", &format!("/v1/services/{name}/backends"), &Value::Null, "");
+    let backends = backends.as_array().into_iter().flatten();
+    backends.filter(|backend| backend["state"] == "active").count()
+}
+
+fn wait_for_active(daemons: &[Daemon], name: &str, count: usize) {
+    wait_until(&format!("{count} tasks of {name} serve"), STARTED_S, || {
+        daemons.iter().all(|daemon| active(daemon, name) == count)
+    });
+}
+
+/// Whether the client is answered.
+fn answers(lab: &Lab, url: &str) -> bool {
+    lab.run("client", &["curl", "-sf", "--max-time", "2", "-o", "/dev/null", url]).status.success()
+}
+
+/// Connections through a node that ask every second; [`parse`] what it prints to a list of [`Held`].
+fn hold(lab: &Lab, vip: Vip, connections: &str, seconds: &str) -> Background {
+    let ready = lab.file("holding");
+    let _ = fs::remove_file(&ready);
+    let ready_path = ready.to_str().unwrap();
+    let url = format!("{}/", vip.url);
+    let hold = [PEER, "hold", "--url", &url, "--connections", connections, "--seconds", seconds];
+    let more = ["--pause", "1", "--ready", ready_path];
+    let holding = lab.start("client", &[&hold[..], &more].concat());
+    wait_until("all connections are open", 30, || ready.exists());
+    holding
+}
+
+#[test]
+fn any_node_answers_as_in_the_tutorials_with_or_without_a_replica() {
+    let (lab, daemons) = mesh(&[]);
+    // As in the tutorial of mongo-express: another port than it listens on; and one over UDP.
+    let ports = "--publish published=8080,target=8081 --publish 5353:5353/udp";
+    create(&lab, &format!("--name web --replicas 1 {ports} server http=8081 udp=5353"));
+    wait_for_active(&daemons, "web", 1);
+    for vip in NODES {
+        wait_until("the node answers", 5, || answers(&lab, vip.url));
+        assert!(get(&lab, vip).client.starts_with("10.0.0."));
+        assert_eq!(send_datagrams(&lab, vip, 20, 512).lost, 0, "{}", vip.address);
+    }
+
+    // 10 MB both ways, from clients of two MTUs, through the overlay's 1450.
+    lab.succeed("client", &["truncate", "-s", "10000000", lab.file("big").to_str().unwrap()]);
+    for mtu in ["1500", "1400"] {
+        lab.succeed("client", &["ip", "link", "set", "eth0", "mtu", mtu]);
+        for vip in NODES {
+            let curl = ["curl", "-sSf", "--max-time", "30"];
+            let down = format!("{}/bytes/10000000", vip.url);
+            let size = ["-o", "/dev/null", "-w", "%{size_download}", &down];
+            assert_eq!(lab.succeed("client", &[&curl[..], &size].concat()), "10000000");
+            let (big, up) = (lab.file("big"), format!("{}/upload/", vip.url));
+            let sent = ["-T", big.to_str().unwrap(), &up];
+            assert_eq!(lab.succeed("client", &[&curl[..], &sent].concat()), "10000000\n");
+        }
+    }
+
+    // A label publishes without a restart of the task.
+    let task = lab.docker("n1", "service ps -q web");
+    lab.docker("n1", "service update -q -d --label-add wiremesh.publish=9090:8081/tcp web");
+    wait_until("the label is followed", 5, || answers(&lab, "http://10.78.0.13:9090/"));
+    assert_eq!(lab.docker("n1", "service ps -q web"), task);
+    // And a list of clients shuts the others out.
+    lab.docker("n1", "service update -q -d --label-add wiremesh.allow=192.0.2.0/24 web");
+    wait_until("the client is refused", 5, || !answers(&lab, "http://10.78.0.13:9090/"));
+    lab.docker("n1", "service update -q -d --label-add wiremesh.allow=198.51.100.0/24 web");
+    wait_until("the client is let in", 5, || answers(&lab, "http://10.78.0.13:9090/"));
+
+    lab.docker("n1", "service update -q -d --publish-add 9091:8081 web");
+    wait_until("another port is published live", STARTED_S, || {
+        NODES.iter().all(|vip| answers(&lab, &format!("http://{}:9091/", vip.address)))
+    });
+    lab.docker("n1", "service update -q -d --publish-rm 8081 web");
+    wait_until("it is withdrawn live", 5, || !answers(&lab, "http://10.78.0.12:9091/"));
+}
+
+#[test]
+fn haproxy_in_front_of_three_nodes_balances_over_three_replicas() {
+    let (lab, daemons) = mesh(&[]);
+    create(&lab, "--name web --replicas 3 --publish published=8080,target=80 server");
+    wait_for_active(&daemons, "web", 3);
+    let servers: String =
+        NODES.iter().map(|vip| format!("server {0} {0}:8080\n", vip.address)).collect();
+    let config = lab.file("haproxy.cfg");
+    let text = format!(
+        "defaults\nmode http\ntimeout connect 5s\ntimeout client 10s\ntimeout server 10s\n\
+         option http-server-close\nlisten web\nbind 127.0.0.1:8000\nbalance roundrobin\n{servers}"
+    );
+    fs::write(&config, text).unwrap();
+    let _haproxy = lab.start("client", &["haproxy", "-db", "-f", config.to_str().unwrap()]);
+    let proxy = on_node("127.0.0.1", "http://127.0.0.1:8000");
+    wait_until("HAProxy answers", 10, || answers(&lab, proxy.url));
+    let load = load(&lab, proxy, 300);
+    assert_eq!((load.ok, &load.errors), (300, &NO_ERRORS));
+    assert_eq!(load.backends.len(), 3, "{load:?}");
+    assert!(load.backends.values().all(|count| (90..=110).contains(count)), "{load:?}");
+}
+
+#[test]
+fn scaling_breaks_no_connection_and_gives_none_to_a_task_that_leaves() {
+    let (lab, daemons) = mesh(&[]);
+    create(&lab, "--name web --replicas 2 --publish 8080:80 --stop-grace-period 30s server");
+    wait_for_active(&daemons, "web", 2);
+    let holding = hold(&lab, NODES[0], "1000", "25");
+    lab.docker("n1", "service scale -d web=5");
+    wait_until("five tasks run", STARTED_S, || weights(&daemons[0], "web").len() == 5);
+    soon("all five serve", || load(&lab, NODES[0], 20).backends.len() == 5);
+
+    lab.docker("n1", "service scale -d web=2");
+    // 500 ms after Docker has decided nothing more goes to those that leave.
+    thread::sleep(Duration::from_millis(500));
+    let after = load(&lab, NODES[0], 300);
+    assert_eq!((&after.errors, after.backends.len()), (&NO_ERRORS, 2), "{after:?}");
+    let held: Vec<Held> = parse(&holding.finish());
+    let broken = held.iter().filter(|connection| connection.outcome != "kept").count();
+    assert_eq!((held.len(), broken), (1000, 0));
+}
+
+#[test]
+fn a_killed_task_is_avoided_within_a_second_and_its_connections_are_reset() {
+    let (lab, daemons) = mesh(&[]);
+    let once = "--restart-condition none --hostname {{.Node.Hostname}}";
+    create(&lab, &format!("--name web --mode global {once} --publish 8080:80 server"));
+    wait_for_active(&daemons, "web", 3);
+    let holding = hold(&lab, NODES[0], "30", "12");
+    let container = lab.docker("n2", "ps -q");
+    lab.docker("n2", &format!("kill {}", container.trim()));
+    soon("it is avoided", || active(&daemons[0], "web") == 2);
+    let after = load(&lab, NODES[0], 100);
+    assert_eq!(
+        (&after.errors, after.backends.contains_key("n2")),
+        (&NO_ERRORS, false),
+        "{after:?}"
+    );
+    let held: Vec<Held> = parse(&holding.finish());
+    assert_eq!(held.iter().filter(|c| c.backend.as_deref() == Some("n2")).count(), 10);
+    for connection in held {
+        let lost = connection.backend.as_deref() == Some("n2");
+        assert_eq!(connection.outcome, if lost { "reset" } else { "kept" }, "{connection:?}");
+    }
+
+    // A node without tasks forwards all the same; and another node's connections outlive a restart here.
+    lab.docker("n1", "node update --availability drain n3");
+    wait_until("its task leaves", 30, || active(&daemons[2], "web") == 1);
+    assert_eq!(load(&lab, NODES[2], 20).errors, NO_ERRORS);
+    let holding = hold(&lab, NODES[2], "20", "5");
+    let [first, _second, _third] = daemons;
+    first.terminate();
+    let _first = Daemon::start(&lab, "n1");
+    let held: Vec<Held> = parse(&holding.finish());
+    assert!(held.iter().all(|connection| connection.outcome == "kept"), "{held:?}");
+}
+
+#[test]
+fn a_rolling_update_fails_no_request() {
+    let (lab, daemons) = mesh(&[]);
+    let web = "--name web --replicas 2 --publish 8080:80 --stop-grace-period 1s";
+    create(&lab, &format!("{web} --update-delay 500ms --update-monitor 500ms server"));
+    wait_for_active(&daemons, "web", 2);
+    for (number, order) in ["start-first", "stop-first"].into_iter().enumerate() {
+        let loading = start_load(&lab, NODES[0], 15);
+        let update =
+            format!("service update -q -d --update-order {order} --env-add N={number} web");
+        lab.docker("n1", &update);
+        wait_until("the update is done", 20, || {
+            let state = lab.docker("n1", "service inspect --format {{.UpdateStatus.State}} web");
+            state.trim() == "completed"
+        });
+        let load: Load = parse(&loading.finish());
+        assert!(load.ok > 15 * 100 && load.backends.len() >= 3, "{order}: {load:?}");
+        assert_eq!(load.errors, NO_ERRORS, "{order}");
+    }
+}
+
+#[test]
+fn without_a_quorum_traffic_goes_on() {
+    let (lab, daemons) = mesh(&["--nodes", "4"]);
+    let worker = "--constraint node.role==worker";
+    create(&lab, &format!("--name web --replicas 2 {worker} --publish 8080:80 server"));
+    wait_for_active(&daemons, "web", 2);
+    let holding = hold(&lab, NODES[0], "20", "8");
+    lab.engine("n2", "kill");
+    lab.engine("n3", "kill");
+    wait_until("the quorum is lost", 30, || status(&daemons[0])["fresh"] == false);
+    // Wiremesh is there even where Docker is not.
+    for vip in NODES {
+        assert_eq!(load(&lab, vip, 20).errors, NO_ERRORS, "{}", vip.address);
+    }
+    let held: Vec<Held> = parse(&holding.finish());
+    assert!(held.iter().all(|connection| connection.outcome == "kept"), "{held:?}");
+}
+
+#[test]
+fn uninstalled_it_leaves_the_node_as_it_was() {
+    let lab = Lab::swarm(&["--nodes", "2"]);
+    create(&lab, "--name web --mode global --publish 8080:80 server");
+    let running = || lab.docker("n1", "service ps web --format {{.CurrentState}}");
+    wait_until("both tasks run", STARTED_S, || running().matches("Running").count() == 2);
+    let look = || {
+        let one = |words: &str| lab.succeed("n1", &words.split(' ').collect::<Vec<_>>());
+        // Indices and counters of links that come later differ, and neighbours come and go.
+        [
+            "ip -br link",
+            "ip -br address",
+            "ip rule",
+            "ip route show table all",
+            "ip -6 route",
+            "iptables-save -t nat",
+            "iptables-save -t filter",
+            "iptables-save -t mangle",
+        ]
+        .map(|words| without_comments(&one(words)))
+    };
+    let before = look();
+    let daemon = start(&lab, "n1");
+    wait_for_active(std::slice::from_ref(&daemon), "web", 2);
+    assert!(lab.has_xdp("n1") && answers(&lab, NODES[0].url));
+    daemon.terminate();
+    assert!(!lab.has_xdp("n1"));
+    assert_eq!(look(), before);
+}
+
+/// What `iptables-save` says of the time and of packets is not what it is asked for.
+fn without_comments(text: &str) -> String {
+    let lines = text.lines().filter(|line| !line.starts_with('#'));
+    lines.map(|line| line.split(" [").next().unwrap()).collect::<Vec<_>>().join("\n")
+}
