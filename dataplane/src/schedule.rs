@@ -12,6 +12,7 @@ use crate::{
     flow::{FlowKey, HashKey},
     forwarding::{Service, Slot},
     maglev::reduce,
+    nat::Slots,
     time::Tick,
 };
 
@@ -153,6 +154,8 @@ pub struct Sight<'a> {
     pub maglev_hash: u64,
     /// Now.
     pub now: Tick,
+    /// Where its connections are if they are translated; they are in no connection table then.
+    pub slots: Option<&'a Slots>,
 }
 
 impl Scheduler {
@@ -222,7 +225,11 @@ impl Scheduler {
 
 /// The taker with the fewest open connections for its weight, the new one counted in.
 fn fewest(takers: &[Taker], sight: Sight<'_>, connections: &Connections) -> Option<Slot> {
-    let load = |taker: &Taker| u64::from(connections.open(taker.slot)) + 1;
+    let open = |slot| match sight.slots {
+        Some(slots) => slots.open_of(slot),
+        None => connections.open(slot),
+    };
+    let load = |taker: &Taker| u64::from(open(taker.slot)) + 1;
     let lesser = |one: Taker, other: Taker| {
         let less = load(&other) * u64::from(one.weight) < load(&one) * u64::from(other.weight);
         if less { other } else { one }

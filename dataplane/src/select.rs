@@ -8,6 +8,7 @@ use crate::{
     counters::{Counters, DropReason, Event},
     flow::{Address, Flow, FlowKey, Kind},
     forwarding::{Backend, Forwarding, Service, Slot, Vip},
+    nat::Slots,
     schedule::{Scheduler, Sight},
     time::Tick,
 };
@@ -209,7 +210,7 @@ fn begin<'a>(
     }
     let picked = pick(flow, forwarding, service)?;
     let (key, maglev_hash) = (&flow.key, picked.hash);
-    let sight = Sight { service, key, maglev_hash, now };
+    let sight = Sight { service, key, maglev_hash, now, slots: None };
     let chosen = context.scheduler.choose(sight, context.connections);
     let chosen = chosen.and_then(|slot| Some((slot, forwarding.backend(slot)?)));
     let (slot, backend) = chosen.unwrap_or((picked.slot, picked.backend));
@@ -260,13 +261,13 @@ pub(crate) fn vip_of(key: &FlowKey) -> Vip {
 /// If the service has no backend, or the flow can't be remembered.
 pub fn place<'a, T>(
     flow: &Flow,
-    (forwarding, service): (&'a Forwarding, &'a Service),
+    (forwarding, service, slots): (&'a Forwarding, &'a Service, &Slots),
     context: &mut Context<'_>,
     remember: impl FnOnce(Slot) -> Option<T>,
 ) -> Result<(Slot, &'a Backend, T), DropReason> {
     let picked = pick(flow, forwarding, service)?;
     let (key, maglev_hash, now) = (&flow.key, picked.hash, context.now);
-    let sight = Sight { service, key, maglev_hash, now };
+    let sight = Sight { service, key, maglev_hash, now, slots: Some(slots) };
     let chosen = context.scheduler.choose(sight, context.connections);
     let chosen = chosen.and_then(|slot| Some((slot, forwarding.backend(slot)?)));
     let (slot, backend) = chosen.unwrap_or((picked.slot, picked.backend));

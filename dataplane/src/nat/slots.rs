@@ -18,7 +18,7 @@ use std::{ops::RangeInclusive, sync::OnceLock};
 
 use crate::{
     flow::{Address, FlowKey, protocol, tcp_flags},
-    forwarding::{self, Mesh},
+    forwarding::{self, MAX_BACKENDS, Mesh},
     memory::{self, AllocationError},
     prefetch::prefetch,
     sync::{AtomicU32, AtomicU64, Ordering, fence},
@@ -504,6 +504,8 @@ pub struct Slots {
     mirrors: [OnceLock<&'static [AtomicU64]>; MAX_MIRRORS],
     records: &'static [Record],
     index: &'static [Bucket],
+    /// Connections of each backend, by its slot.
+    open: &'static [AtomicU32],
     timeouts: Timeouts,
     ports: RangeInclusive<u16>,
 }
@@ -527,8 +529,9 @@ impl Slots {
         let (taken, _) = memory::zeroed(slots.div_ceil(WORD))?;
         let (records, _) = memory::zeroed(slots)?;
         let (index, _) = memory::zeroed((4 * slots / LANES).max(2))?;
+        let (open, _) = memory::zeroed(if cfg!(loom) { 4 } else { MAX_BACKENDS })?;
         let mirrors = [const { OnceLock::new() }; MAX_MIRRORS];
-        Ok(Self { taken, mirrors, records, index, timeouts, ports })
+        Ok(Self { taken, mirrors, records, index, open, timeouts, ports })
     }
 
     /// Keeps a copy of which slots are in use in this memory too, a bit for each number. `false` if there are too
@@ -576,6 +579,11 @@ impl Slots {
             bits(taken).map(move |bit| Id((at * WORD + bit) as u32))
         });
         ids.filter_map(|id| self.connection(id).map(|(state, connection)| (id, state, connection)))
+    }
+
+    /// Connections that a backend has: those that clients' packets find, and those that ended a moment ago.
+    pub fn open_of(&self, backend: forwarding::Slot) -> u32 {
+        self.open.get(backend as usize).map_or(0, |open| open.load(Ordering::Relaxed))
     }
 
     /// What a slot stands for.
@@ -766,6 +774,9 @@ impl Slots {
             .find_map(|mesh| self.take(mesh.bank, hash).map(|id| (id, mesh.address)))?;
         let record = self.record(id)?;
         let connection = connection(address);
+        if let Some(open) = self.open.get(connection.backend as usize) {
+            open.fetch_add(1, Ordering::Relaxed);
+        }
         record.begin(&connection, id.port(), hash, now);
         let state = record.state();
         if !self.enter(id, hash) {
@@ -843,6 +854,9 @@ impl Slots {
             }
         }
         self.leave(id, record.word(word::HASH));
+        if let Some(open) = self.open.get(record.word(word::BACKEND) as usize) {
+            open.fetch_sub(1, Ordering::Relaxed);
+        }
         let (at, bit) = (id.0 as usize / WORD, id.0 as usize % WORD);
         for copy in self.copies(at) {
             copy.fetch_and(!(1 << bit), Ordering::Relaxed);

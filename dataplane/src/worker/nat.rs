@@ -254,7 +254,7 @@ impl<'a> Burst<'a> {
                 way,
             })
         };
-        let placed = (self.forwarding, service);
+        let placed = (self.forwarding, service, slots);
         let (_, backend, to) = select::place(flow, placed, &mut self.context, remember)?;
         self.context.counters.count(Event::ConnectionMisses, 1);
         self.context.counters.count(Event::ConnectionInserts, 1);

@@ -18,7 +18,7 @@ use dataplane::{
     nat::{self, Id, Slots},
     port::{HEADROOM, sim::SimPort},
     publish::Publisher,
-    schedule::Schedule,
+    schedule::{Schedule, Taker},
     time::Tick,
     wire::ethernet::MacAddr,
     worker::{Parts, Worker},
@@ -285,12 +285,14 @@ struct World {
     allow: Vec<Prefix>,
     partial_checksums: bool,
     mtu: u16,
+    least_connections: bool,
 }
 
 impl World {
     fn new(tasks: &[Slot]) -> Self {
         let (allow, partial_checksums, mtu) = (Vec::new(), false, MTU);
-        Self { tasks: tasks.to_vec(), allow, partial_checksums, mtu }
+        let tasks = tasks.to_vec();
+        Self { tasks, allow, partial_checksums, mtu, least_connections: false }
     }
 
     fn forwarding(&self) -> Arc<Forwarding> {
@@ -308,13 +310,17 @@ impl World {
                 .zip(&names)
                 .map(|(&slot, name)| Candidate { name, weight: 1, slot })
                 .collect();
+            let takers: Vec<_> = slots.iter().map(|&slot| Taker { slot, weight: 1 }).collect();
             let address = if v6 { at(VIP6) } else { at(VIP) };
             let vips = [protocol::TCP, protocol::UDP]
                 .map(|protocol| vip(&address.ip().to_string(), protocol, address.port()));
             services.push(Service {
                 vips: vips.to_vec(),
                 maglev: Arc::new(Maglev::build(Size::new(251).unwrap(), &candidates, &key)),
-                schedule: Schedule::Maglev,
+                schedule: match self.least_connections {
+                    true => Schedule::least_connections(&takers),
+                    false => Schedule::Maglev,
+                },
                 nat: Some(Arc::new(Nat {
                     overlay: u32::from(v6),
                     targets: vec![TARGET; 2],
@@ -570,6 +576,31 @@ fn every_connection_has_a_port_of_its_own() {
         tasks.insert(slot);
     }
     assert_eq!((node.slots.used(0), tasks.len()), (2000, 2));
+}
+
+#[test]
+fn the_fewest_connections_are_those_of_all_workers_that_have_not_ended() {
+    let world = World { least_connections: true, ..World::new(&[1, 2, 3]) };
+    let mut node = Node::new(&world);
+    let mut tasks: BTreeMap<Slot, u32> = BTreeMap::new();
+    for port in 0..300 {
+        let syn = tcp(client(10_000 + port), at(VIP), SYN).by_client();
+        let sent = node.send_to(usize::from(port % 2), &syn);
+        *tasks.entry(node.unwrap(&sent[0]).0).or_default() += 1;
+    }
+    assert_eq!(tasks, BTreeMap::from([(2, 100), (4, 100), (6, 100)]));
+    // What one task's clients give up, others get.
+    for port in 0..300 {
+        let rst = tcp(client(10_000 + port), at(VIP), RST).by_client();
+        let sent = node.send_to(usize::from(port % 2), &rst);
+        if node.unwrap(&sent[0]).0 != 4 {
+            node.send(&tcp(client(10_000 + port), at(VIP), ACK).by_client());
+        }
+    }
+    node.wait(3000);
+    for port in 0..100 {
+        assert_eq!(node.toward_task(&tcp(client(20_000 + port), at(VIP), SYN)).0, 4);
+    }
 }
 
 #[test]

@@ -84,6 +84,7 @@ fn workers_begin_their_rounds_at_different_backends() {
             key: &key,
             maglev_hash: 0,
             now: Tick(0),
+            slots: None,
         };
         scheduler.choose(sight, &table(16))
     });
