@@ -80,7 +80,8 @@ impl Id {
 /// How long a silent slot lives.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Timeouts {
-    /// TCP before the client has acknowledged the task's answer, in seconds.
+    /// TCP before the client has acknowledged the task's answer, and UDP before it has sent more after one, in
+    /// seconds.
     pub opening_s: u32,
     /// Established TCP, in seconds.
     pub tcp_idle_s: u32,
@@ -88,7 +89,7 @@ pub struct Timeouts {
     pub half_closed_s: u32,
     /// TCP that the task has closed first, in seconds: it remembers the port for so long (TIME-WAIT).
     pub time_wait_s: u32,
-    /// UDP, in seconds.
+    /// UDP after that, in seconds.
     pub udp_idle_s: u32,
 }
 
@@ -603,6 +604,10 @@ impl Slots {
             self.timeouts;
         let seconds = match state {
             _ if state.has(State::RESET) => return LINGER_MS,
+            // Most are one question and one answer.
+            _ if state.has(State::DATAGRAMS) && !state.has(State::ESTABLISHED) => {
+                opening_s.min(udp_idle_s)
+            }
             _ if state.has(State::DATAGRAMS) => udp_idle_s,
             _ if state.is_closed() && state.has(State::CLIENT_FIRST) => return LINGER_MS,
             _ if state.is_closed() => time_wait_s,

@@ -996,6 +996,21 @@ fn an_idle_connection_lives_for_hours() {
 }
 
 #[test]
+fn a_question_with_one_answer_has_its_port_for_less_long_than_a_conversation() {
+    let mut node = Node::new(&World::new(&[1]));
+    let question = udp(client(53), at(VIP));
+    let (slot, got) = node.toward_task(&question);
+    node.toward_client(slot, &udp(got.dst, got.src));
+    node.wait(28_000);
+    assert_eq!(node.toward_task(&question).1.src, got.src);
+    node.wait(290_000);
+    assert_eq!(node.toward_task(&question).1.src, got.src, "it has asked again");
+    node.toward_task(&udp(client(54), at(VIP)));
+    node.wait(33_000);
+    assert_eq!(node.slots.used(0), 1);
+}
+
+#[test]
 fn a_reset_that_nobody_believes_ends_nothing() {
     let mut node = Node::new(&World::new(&[1]));
     let (_, mesh) = node.connect(client(40_000), at(VIP));
@@ -1175,9 +1190,9 @@ proptest! {
                         let idle = node.now.ms_since(k.at);
                         let serves = tasks.contains(&(k.slot / 2));
                         let most = match (stream, k.established) {
-                            (false, _) => 290_000,
+                            (false, true) => 290_000,
                             (true, true) => 3_600_000,
-                            (true, false) => 29_000,
+                            (_, false) => 29_000,
                         };
                         serves && !k.ended && idle < most
                     });
