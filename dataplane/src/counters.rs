@@ -57,7 +57,7 @@ labelled! {
         NotAllowed => "not_allowed",
         /// Every slot of the node's mesh addresses is in use: no new connection can be translated.
         NatExhausted => "nat_exhausted",
-        /// TCP to a translated service that begins no connection and belongs to none that is known; the sender was told by a reset, within the rate limit.
+        /// TCP to a translated service that begins no connection and belongs to none that is known; the sender was told by a reset.
         NatNoConnection => "nat_no_connection",
         /// A packet out of a tunnel that belongs to no translated connection.
         NatUnmatched => "nat_unmatched",

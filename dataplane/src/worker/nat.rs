@@ -319,14 +319,14 @@ impl<'a> Burst<'a> {
         Ok(Next::Send(port))
     }
 
-    /// Tells the sender that there is no such connection.
+    /// Tells the sender that there is no such connection. A reset is no longer than its cause, and as many clients
+    /// as a task has may need one at the same moment: there is no limit.
     #[cold]
     pub(super) fn refuse(&mut self, mut frame: Frame, packet: &Packet, reason: DropReason) {
         let flow = &packet.flow;
         let tell = flow.protocol == protocol::TCP
             && flow.tcp_flags & tcp_flags::RST == 0
-            && can_be_answered(flow)
-            && self.icmp_limit.take(self.context.now());
+            && can_be_answered(flow);
         if !tell || reply::reset(&mut frame, flow, self.link.mac).is_err() {
             return self.discard(frame, reason);
         }

@@ -404,7 +404,7 @@ impl Node {
                 published: publisher.subscribe(),
                 counters: Arc::clone(&counters[id]),
                 hash_key: hash_key(),
-                icmp_errors_per_s: 1_000_000,
+                icmp_errors_per_s: 100,
                 id,
                 nat: Some(Arc::clone(&slots)),
             })
@@ -854,6 +854,20 @@ fn a_client_whose_task_is_gone_is_reset_when_it_speaks() {
     // A new one goes to the task that is left, by another port.
     let (other, syn) = node.toward_task(&tcp(client(40_000), at(VIP), SYN));
     assert_ne!((other, syn.src), (slot, mesh));
+}
+
+#[test]
+fn all_clients_of_a_task_that_is_gone_are_told_at_once() {
+    let mut node = Node::new(&World::new(&[1]));
+    let clients: Vec<_> = (0..600).map(|i| client(20_000 + i)).collect();
+    for client in &clients {
+        node.connect(*client, at(VIP));
+    }
+    node.publish(&World::new(&[2]));
+    for client in clients {
+        let sent = node.send(&tcp(client, at(VIP), ACK).by_client());
+        assert!(sent.iter().any(|frame| read_reset(frame).flags == Some(RST)), "{client}");
+    }
 }
 
 #[test]
