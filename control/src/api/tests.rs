@@ -850,6 +850,14 @@ fn the_document_describes_every_path_with_a_sentence() {
 }
 
 #[test]
+fn a_node_of_the_swarm_is_another_schema_than_a_node_of_the_api() {
+    let document = Rig::new(CONFIG).get("/openapi.json");
+    let schemas = &document["components"]["schemas"];
+    assert!(schemas["Node"]["properties"]["vtep"].is_object(), "{schemas}");
+    assert!(schemas["SwarmNode"]["properties"]["ready"].is_object(), "{schemas}");
+}
+
+#[test]
 fn a_watcher_is_told_what_is_and_then_what_changes() {
     let rig = Rig::new(CONFIG);
     let mut seen = Vec::new();

@@ -61,6 +61,7 @@ pub struct Ingress {
 
 /// A node of the swarm.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[schema(as = SwarmNode)]
 pub struct Node {
     /// Its id.
     pub id: String,
