@@ -164,7 +164,9 @@ fn node(node: &engine::Node) -> Option<Node> {
         id: node.id.clone(),
         name: node.description.hostname.clone(),
         address: own.or_else(as_manager)?,
-        ready: node.status.state == "ready",
+        // A new leader knows of nobody at first, and calls all nodes "unknown" until they report: nothing has
+        // happened to them.
+        ready: matches!(node.status.state.as_str(), "ready" | "unknown"),
     })
 }
 
@@ -566,6 +568,15 @@ pub mod tests {
         let table = table(&said);
         assert_eq!(shares(&table, "dns"), [(9, 1000), (10, 0), (11, 3)]);
         assert!(table.remarks[0].starts_with("node `n3`: label"), "{:?}", table.remarks);
+    }
+
+    #[test]
+    fn what_runs_serves_on_while_a_new_leader_has_not_heard_of_its_node() {
+        let mut said = recorded();
+        let before = shares(&table(&said), "dns");
+        assert!(!before.is_empty());
+        said.nodes.iter_mut().for_each(|node| node.status.state = "unknown".to_owned());
+        assert_eq!(shares(&table(&said), "dns"), before);
     }
 
     #[test]
