@@ -182,6 +182,7 @@ pub fn among(others: u32, inner: Family, underlay: Underlay) -> Forwarding {
             vips,
             maglev: maglev.clone(),
             schedule: Schedule::Maglev,
+            resets: false,
             nat: None,
         });
         slots.extend((0..10).map(|_| Some(Backend { service: index, ..one.clone() })));
@@ -250,7 +251,13 @@ fn parts(
     };
     let maglev = Arc::new(maglev_of(Size::default(), &backends.takers));
     let takers: Vec<_> = backends.takers.iter().map(|&slot| Taker { slot, weight: 1 }).collect();
-    let service = Service { vips: vips.into(), maglev, schedule: schedule(&takers), nat: None };
+    let service = Service {
+        vips: vips.into(),
+        maglev,
+        schedule: schedule(&takers),
+        resets: false,
+        nat: None,
+    };
     let backend = |slot| Backend {
         template: template(slot, inner, underlay),
         service: 0,

@@ -549,6 +549,7 @@ impl Planner {
             vips: planned.vips.clone(),
             maglev: planned.maglev.clone(),
             schedule: planned.schedule.clone(),
+            resets: planned.service.health.as_ref().is_some_and(|h| h.on_down == OnDown::Reset),
             nat: planned.nat.clone(),
         };
         let common = Common {
@@ -631,12 +632,12 @@ fn serves(service: &Service, placements: &[Placement]) -> bool {
 }
 
 /// Which of a service's backends workers are to know nothing of, as if they had been removed, so that their
-/// connections go elsewhere: those that have drained, and those that are down.
+/// connections end or go elsewhere: those that have drained, and those that are down.
 fn left_to_others(service: &Service, placements: &[Placement]) -> impl Iterator<Item = usize> {
-    let reselect = service.health.as_ref().is_some_and(|health| health.on_down == OnDown::Reselect);
+    let let_go = service.health.as_ref().is_some_and(|health| health.on_down != OnDown::Keep);
     let both = placements.iter().zip(takes(service, placements)).enumerate();
     let left =
-        both.filter(move |(_, (at, takes))| at.drained || (reselect && at.is_down() && !takes));
+        both.filter(move |(_, (at, takes))| at.drained || (let_go && at.is_down() && !takes));
     left.map(|(index, _)| index)
 }
 

@@ -53,6 +53,8 @@ labelled! {
         NoBackend => "no_backend",
         /// The backend's next hop has no known MAC address, or there is no route to it.
         NextHopUnresolved => "next_hop_unresolved",
+        /// The connection's backend is down or gone, and the service has such connections reset; the sender was told by a reset.
+        BackendGone => "backend_gone",
         /// The client is not among those that the service allows.
         NotAllowed => "not_allowed",
         /// Every slot of the node's mesh addresses is in use: no new connection can be translated.

@@ -49,6 +49,8 @@ pub struct Service {
     pub maglev: Arc<Maglev>,
     /// How new connections are placed, as long as they can be remembered.
     pub schedule: Schedule,
+    /// Whether TCP connections whose backend is gone are reset, and not given another one.
+    pub resets: bool,
     /// How its packets are translated. `None`: they are not, and answers go directly to the client.
     pub nat: Option<Arc<Nat>>,
 }

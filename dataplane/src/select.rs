@@ -6,7 +6,7 @@
 use crate::{
     connections::{Connections, Found, Remembered, Settled, Traffic, Verdict},
     counters::{Counters, DropReason, Event},
-    flow::{Address, Flow, FlowKey, Kind},
+    flow::{Address, Flow, FlowKey, Kind, protocol},
     forwarding::{Backend, Forwarding, Service, Slot, Vip},
     nat::Slots,
     schedule::{Scheduler, Sight},
@@ -169,6 +169,9 @@ pub fn unsettled<'a>(
     }
     let service =
         service.and_then(|index| forwarding.service(index)).ok_or(DropReason::NoService)?;
+    if how == How::Reselected && service.resets && flow.protocol == protocol::TCP {
+        return Err(DropReason::BackendGone);
+    }
     if !service.schedule.is_plain() && matches!(traffic, Traffic::Syn | Traffic::Datagram) {
         return begin(flow, hash, (forwarding, service), how, context, judge);
     }

@@ -385,6 +385,7 @@ impl<'a> Burst<'a> {
                         selected.backend.template.prefetch();
                         *next = Next::Tunnel(selected.slot);
                     }
+                    Err(reason @ DropReason::BackendGone) => *next = Next::Refuse(reason),
                     Err(reason) => *next = Next::Drop(reason),
                 }
             }

@@ -37,7 +37,7 @@ pub struct Health {
     /// By how many percent an interval may be shorter
     #[arg(long, value_name = "PERCENT")]
     health_jitter: Option<i64>,
-    /// What becomes of a down backend's connections: reselect or keep
+    /// What becomes of a down backend's connections: reselect, reset or keep
     #[arg(long, value_name = "WHAT", value_parser = word::<OnDown>)]
     health_on_down: Option<OnDown>,
     /// What happens while all backends are down: keep-last or stop
@@ -178,7 +178,7 @@ mod tests {
             ("--health-interval 5", "500ms"),
             ("--health-interval s", "500ms"),
             ("--health-interval 99999999999999999h", "500ms"),
-            ("--health-on-down reset", "`keep`"),
+            ("--health-on-down drop", "`keep`"),
         ] {
             let error = typed(bad).map(|_| ()).unwrap_err();
             assert!(error.contains(right), "{bad}: {error}");

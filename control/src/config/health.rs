@@ -509,7 +509,7 @@ mod tests {
                 "`100` is not a status: 200 to 599",
             ),
             (tcp, "check = \"http\"\nstatus = [\"300-200\"]", address, "`300-200` is not a status"),
-            (tcp, "check = \"tcp\"\non_down = \"reset\"", address, "unknown value `reset`"),
+            (tcp, "check = \"tcp\"\non_down = \"drop\"", address, "unknown value `drop`"),
         ] {
             let errors = errors(ports, health, backend);
             assert!(errors.len() == 1 && errors[0].contains(wrong), "{health}: {errors:#?}");

@@ -117,6 +117,9 @@ pub enum OnDown {
     /// They go to another backend, which resets what it does not know.
     #[default]
     Reselect,
+    /// Their clients are told by a TCP reset when they next send; what has no connections is given another
+    /// backend.
+    Reset,
     /// They stay, and hang until the backend is back or they expire.
     Keep,
 }

@@ -157,7 +157,11 @@ fn a_wrong_status_or_body_takes_a_backend_out_and_its_connections_as_the_service
         service(VIP4, &["80/tcp"], &keys)
     };
     create(&daemon, &checked("keep", "well"));
-    for (on_down, outcome) in [("keep", "kept"), ("reselect", "reset")] {
+    let told = || daemon.status()["drops"]["backend_gone"]["count"].as_u64().unwrap();
+    for (on_down, outcome, by_us) in
+        [("keep", "kept", false), ("reselect", "reset", false), ("reset", "reset", true)]
+    {
+        let before = told();
         replace(&daemon, &checked(on_down, "well"));
         wait_for_both(&daemon, "web", "up");
         let _ = fs::remove_file(lab.file("holding"));
@@ -173,6 +177,7 @@ fn a_wrong_status_or_body_takes_a_backend_out_and_its_connections_as_the_service
             assert_eq!(connection.outcome, if other { "kept" } else { outcome }, "{held:?}");
         }
         assert!(held.iter().any(|connection| connection.backend.as_deref() == Some("b2")));
+        assert_eq!(told() > before, by_us, "{on_down}");
         fs::write(page("b2"), "all is well").unwrap();
     }
     wait_for_both(&daemon, "web", "up");

@@ -321,6 +321,7 @@ impl World {
                     true => Schedule::least_connections(&takers),
                     false => Schedule::Maglev,
                 },
+                resets: false,
                 nat: Some(Arc::new(Nat {
                     overlay: u32::from(v6),
                     targets: vec![TARGET; 2],

@@ -145,6 +145,8 @@ pub struct World {
     pub answer_arp: bool,
     /// All its services'.
     pub scheduled: Scheduled,
+    /// Whether its services reset connections whose backend is gone.
+    pub resets: bool,
 }
 
 impl World {
@@ -155,6 +157,7 @@ impl World {
             services: Vec::new(),
             answer_arp: false,
             scheduled: Scheduled::Maglev,
+            resets: false,
         }
     }
 
@@ -198,6 +201,7 @@ impl World {
                 vips: vips.clone(),
                 maglev: Arc::new(maglev),
                 schedule,
+                resets: self.resets,
                 nat: None,
             });
             for spec in backends {
@@ -549,18 +553,20 @@ impl Rig {
 
         let answered = self.event(Event::EchoReplies) + self.event(Event::NeighbourReplies);
         let too_big = self.event(Event::TooBigSent);
-        let made = self.encapsulated() + answered + too_big;
+        let resets = self.event(Event::ResetsSent);
+        let made = self.encapsulated() + answered + too_big + resets;
         let lost_late = self.drops(DropReason::TxRingFull);
         // All that was made either left or found no room in a tx ring.
         assert_eq!(self.event(Event::TxPackets) + lost_late, made, "{:?}", self.totals());
 
-        // Every packet received is encapsulated, answered or dropped. An ICMP error is about a drop,
-        // and the later pieces of a packet that was cut come on top.
+        // Every packet received is encapsulated, answered or dropped. An ICMP error or
+        // a reset is about a drop, and the later pieces of a packet that was cut come on top.
         let ended = self.encapsulated() + answered + self.all_drops() - lost_late;
         let extra = ended - self.event(Event::RxPackets);
         let cut = self.event(Event::Fragmented);
         assert!((cut..=7 * cut).contains(&extra), "{extra} pieces of {cut}; {:?}", self.totals());
         assert_eq!(self.drops(DropReason::TooBig), too_big);
+        assert!(self.drops(DropReason::BackendGone) >= resets, "resets are not answered");
     }
 }
 

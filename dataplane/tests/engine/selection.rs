@@ -128,6 +128,37 @@ fn a_removed_backends_connection_is_given_another_at_once_and_keeps_it() {
 }
 
 #[test]
+fn a_service_may_have_connections_reset_whose_backend_is_gone() {
+    let resetting = |world: World| World { resets: true, ..world };
+    let one = || resetting(World::new().web4(&[backend(2)]));
+    let mut rig = Rig::new(&resetting(two()));
+    let streams = CLIENTS.filter(|port| connect(&mut rig, *port) == 1).collect::<Vec<_>>();
+    let udp = |port| packets::v4(port, DATAGRAM).bytes();
+    let datagrams = CLIENTS.filter(|port| rig.backend_of(&udp(*port)) == Some(1));
+    let datagrams = datagrams.collect::<Vec<_>>();
+    rig.publish(&one());
+    rig.counted();
+    let told = [("backend_gone", 1), ("resets_sent", 1)];
+    for port in &streams {
+        // What it says, the reference has judged.
+        assert_eq!(rig.send(&ack(*port)).len(), 1);
+        assert_eq!(rig.counted(), counts(told), "as often as the client speaks");
+    }
+    rig.send(&packets::v4(streams[0], L4::Tcp { flags: 0x04 }).bytes());
+    assert_eq!(rig.counted(), counts([("backend_gone", 1)]), "a reset is not answered");
+    assert_eq!(
+        rig.backend_of(&packets::v4(streams[0], SYN).bytes()),
+        Some(2),
+        "a new one is served"
+    );
+    assert!(datagrams.iter().all(|port| rig.backend_of(&udp(*port)) == Some(2)));
+    // Of what nobody remembers nothing is known.
+    assert_eq!(rig.backend_of(&ack(999)), Some(2));
+    rig.publish(&resetting(two()));
+    assert_eq!(rig.backend_of(&ack(streams[1])), Some(1), "its backend is back");
+}
+
+#[test]
 fn a_flows_packets_are_taken_in_order_also_within_a_burst() {
     // Confirmed and in its present unit of time: the ACKs would go a shorter way than the SYN.
     let port = client_of(&two(), 1);

@@ -138,9 +138,9 @@ fn worlds() -> [(World, Arc<Forwarding>); 8] {
     let [all, changed] = [world(&all4, &all6), world(&changed4, &changed6)];
     let scheduled = [
         all.clone().scheduled(Scheduled::RoundRobin),
-        changed.clone().scheduled(Scheduled::LeastConnections),
+        World { resets: true, ..changed.clone() }.scheduled(Scheduled::LeastConnections),
         all.clone().scheduled(Scheduled::Source(1)),
-        changed.clone().scheduled(Scheduled::Source(1)),
+        World { resets: true, ..changed.clone() }.scheduled(Scheduled::Source(1)),
     ];
     let [turns, fewest, bound, bound_changed] = scheduled;
     [all, changed, full, every_port, turns, fewest, bound, bound_changed].map(|world| {

@@ -20,7 +20,7 @@ use dataplane::{
 
 use super::{
     output::{
-        advertisement, arp_reply, completed, cut, echo_reply, encapsulated, is_host, too_big,
+        advertisement, arp_reply, completed, cut, echo_reply, encapsulated, is_host, reset, too_big,
     },
     parse::{Meaning, behind_tags, parse},
 };
@@ -318,14 +318,25 @@ impl Node {
             let error = packet.kind == Kind::IcmpError;
             return vec![Fate::dropped(if error { IcmpUnmatched } else { NoService })];
         };
+        let given = self.given.get(&packet.key).cloned().unwrap_or_default();
         let slots = self.slots(service, packet, now, otherwise);
         let backends = &self.world.services[service].1;
         let backend = |slot| backends.iter().find(|backend| backend.slot == slot);
+        let is_orphan = given.iter().any(|slot| backend(*slot).is_none());
+        let may_be_reset = self.world.resets && packet.protocol == 6 && !is_syn(packet);
+        let link = self.world.links[self.equipment.links[port]];
+        let told = (is_orphan && may_be_reset && packet.kind == Kind::Packet).then(|| {
+            if packet.tcp_flags & 0x04 != 0 || !can_be_answered(packet) {
+                return Fate::dropped(BackendGone);
+            }
+            let answer = Fate::answer(port, reset(&arrival.bytes, packet, link.mac));
+            Fate { drops: vec![BackendGone, TxRingFull], ..answer }
+        });
         let fate = |slot: Option<Slot>| match slot.and_then(backend) {
             Some(backend) => Fate { slot, ..self.fate(port, arrival, packet, backend) },
             None => Fate::dropped(NoBackend),
         };
-        slots.into_iter().map(fate).collect()
+        slots.into_iter().map(fate).chain(told).collect()
     }
 
     /// The backends that the packet may go to: Maglev's, one that the flow was given before, or, if it begins
@@ -349,7 +360,7 @@ impl Node {
         if packet.kind == Kind::Packet {
             self.latest.insert(*key, self.taken);
         }
-        let is_syn = packet.tcp_flags & 0x12 == 0x02;
+        let is_syn = is_syn(packet);
         if is_syn && scheduled == Scheduled::Maglev {
             self.given.entry(*key).or_default().extend(picked);
             return slots;
@@ -432,6 +443,11 @@ impl Node {
         }
         Fate { drops: vec![TooBig, TooBigSilent, TxRingFull], ..Fate::answer(ingress, bytes) }
     }
+}
+
+/// Whether a connection begins.
+fn is_syn(packet: &Meaning) -> bool {
+    packet.tcp_flags & 0x12 == 0x02
 }
 
 /// Whether the frame is addressed to this station, or asks a group who has an address.

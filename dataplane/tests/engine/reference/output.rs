@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use dataplane::{encap::Tunnel, flow::Address, wire::ethernet::MacAddr};
 use etherparse::{
     EtherType, Ethernet2Header, Icmpv4Type, IpFragOffset, IpHeaders, Ipv4Header, Ipv6Header,
-    PacketBuilder, VlanId, icmpv4::DestUnreachableHeader, ip_number,
+    PacketBuilder, TcpHeader, VlanId, icmpv4::DestUnreachableHeader, ip_number,
 };
 
 use super::parse::{Meaning, pseudo_header};
@@ -250,6 +250,33 @@ pub fn too_big(frame: &[u8], packet: &Meaning, ip: &[u8], own: MacAddr, mtu: u16
             .unwrap(),
         _ => panic!("one family"),
     }
+    with_tags_of(frame, packet, &bytes)
+}
+
+/// TCP's word that there is no such connection, RFC 9293 section 3.10.7.1.
+pub fn reset(frame: &[u8], packet: &Meaning, own: MacAddr) -> Vec<u8> {
+    let segment = &frame[packet.l4_offset..packet.ip.end];
+    let (header, data) = TcpHeader::from_slice(segment).unwrap();
+    let following = data.len() as u32 + u32::from(header.syn) + u32::from(header.fin);
+    let following = header.sequence_number.wrapping_add(following);
+    let (ours, theirs) = (header.destination_port, header.source_port);
+    let builder = PacketBuilder::ethernet2(own.0, frame[6..12].try_into().unwrap());
+    let builder = match addresses(packet) {
+        (IpAddr::V4(src), IpAddr::V4(dst)) => {
+            let mut header =
+                Ipv4Header::new(0, 64, ip_number::TCP, dst.octets(), src.octets()).unwrap();
+            header.dont_fragment = false;
+            builder.ip(IpHeaders::Ipv4(header, Default::default()))
+        }
+        (IpAddr::V6(src), IpAddr::V6(dst)) => builder.ipv6(dst.octets(), src.octets(), 64),
+        _ => panic!("one family"),
+    };
+    let builder = match header.ack {
+        true => builder.tcp(ours, theirs, header.acknowledgment_number, 0),
+        false => builder.tcp(ours, theirs, 0, 0).ack(following),
+    };
+    let mut bytes = Vec::new();
+    builder.rst().write(&mut bytes, &[]).unwrap();
     with_tags_of(frame, packet, &bytes)
 }
 
