@@ -69,8 +69,11 @@ impl Lesson {
 fn lessons(desired: &Desired, own: &[IpAddr], has_home: bool) -> BTreeSet<Lesson> {
     let mut all = BTreeSet::new();
     for (service, backend) in desired.backends() {
+        if service.mode != Mode::Nat {
+            continue;
+        }
         let home = own.contains(&backend.vtep);
-        if service.mode != Mode::Nat || (home && !has_home) {
+        if home && !has_home {
             continue;
         }
         let Some(IpAddr::V4(task)) = backend.address else { continue };

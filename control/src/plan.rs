@@ -9,7 +9,10 @@ mod slots;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    num::NonZero,
+    panic,
     sync::Arc,
+    thread::{self, ScopedJoinHandle},
     time::SystemTime,
 };
 
@@ -388,7 +391,25 @@ impl Planner {
                 }
             });
         }
+        self.build_tables(&mut services, &made);
         Ok((services, made))
+    }
+
+    /// Builds the tables of those that were made without one.
+    fn build_tables(&self, services: &mut [Arc<Planned>], made: &[usize]) {
+        let is_without = |at: &usize| services[*at].maglev.is_empty();
+        let without: Vec<usize> = made.iter().copied().filter(is_without).collect();
+        let build = |at: &usize| {
+            let planned = &services[*at];
+            let takers = takers(&planned.service, &planned.placements);
+            let candidate = |&(name, weight, slot)| Candidate { name, weight, slot };
+            let candidates: Vec<_> = takers.iter().map(candidate).collect();
+            let Settings { maglev_size, maglev_key, .. } = &self.settings;
+            Arc::new(Maglev::build(*maglev_size, &candidates, maglev_key))
+        };
+        for (at, table) in without.iter().zip(on_all_cores(&without, build)) {
+            Arc::get_mut(&mut services[*at]).expect("it was just made").maglev = table;
+        }
     }
 
     /// Lets the slots of backends that are wanted no more rest.
@@ -469,7 +490,8 @@ impl Planner {
         })
     }
 
-    /// The table and schedule of those that take new connections. The old ones, if nothing changed.
+    /// The table and schedule of those that take new connections. The old ones, if nothing changed; else the
+    /// table is yet to be built.
     fn chosen_from(
         &self,
         service: &Service,
@@ -479,19 +501,14 @@ impl Planner {
         let takers = takers(service, placements);
         let before =
             before.filter(|before| self::takers(&before.service, &before.placements) == takers);
-        let build = || {
-            let candidate = |&(name, weight, slot)| Candidate { name, weight, slot };
-            let candidates: Vec<_> = takers.iter().map(candidate).collect();
-            let Settings { maglev_size, maglev_key, .. } = &self.settings;
-            Arc::new(Maglev::build(*maglev_size, &candidates, maglev_key))
-        };
         let schedule = match before {
             Some(before) if before.service.scheduler == service.scheduler => {
                 before.schedule.clone()
             }
             _ => schedule(service.scheduler, &takers),
         };
-        (before.map_or_else(build, |before| before.maglev.clone()), schedule)
+        let maglev = before.map_or_else(|| Arc::new(Maglev::empty()), |b| b.maglev.clone());
+        (maglev, schedule)
     }
 
     /// The overlays, each mesh address with its bank, and who has which bank then.
@@ -595,6 +612,27 @@ impl Planner {
             self.surroundings = Surroundings::of(inputs);
         }
     }
+}
+
+/// Maps each of them, side by side on the cores that this thread may run on if there are many: ten thousand
+/// tables take one core the better part of a second.
+fn on_all_cores<'a, T: Sync, R: Send>(items: &'a [T], map: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    /// What is worth a thread's start.
+    const MANY: usize = 64;
+    let cores = thread::available_parallelism().map_or(1, NonZero::get);
+    let each = items.len().div_ceil(cores).max(MANY);
+    if items.len() <= each {
+        return items.iter().map(map).collect();
+    }
+    thread::scope(|scope| {
+        let map = &map;
+        let start = |part: &'a [T]| scope.spawn(move || part.iter().map(map).collect());
+        let parts: Vec<_> = items.chunks(each).map(start).collect();
+        let finish = |part: ScopedJoinHandle<'_, Vec<R>>| {
+            part.join().unwrap_or_else(|panic| panic::resume_unwind(panic))
+        };
+        parts.into_iter().flat_map(finish).collect()
+    })
 }
 
 /// What is thought of a backend, if its service has checks.
