@@ -33,7 +33,10 @@ pub use self::{
     settings::MIN_HANG_TIMEOUT_MS,
     spec::{BackendSpec, Remark, Scheduler, ServiceSpec},
 };
-use crate::desired::{Desired, Vip};
+use crate::{
+    desired::{Desired, Vip},
+    pem::PemFile,
+};
 
 /// All that an operator can say. `config/example.toml` documents the keys.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -109,6 +112,23 @@ pub struct Tls {
     pub key: PathBuf,
     /// Whose certificates clients must have.
     pub client_ca: PathBuf,
+}
+
+impl Tls {
+    /// The file of [`Self::certificate`].
+    pub fn certificate(&self) -> PemFile<'_> {
+        PemFile { path: &self.certificate, setting: "api.certificate" }
+    }
+
+    /// The file of [`Self::key`].
+    pub fn key(&self) -> PemFile<'_> {
+        PemFile { path: &self.key, setting: "api.key" }
+    }
+
+    /// The file of [`Self::client_ca`].
+    pub fn client_ca(&self) -> PemFile<'_> {
+        PemFile { path: &self.client_ca, setting: "api.client_ca" }
+    }
 }
 
 /// How many threads forward packets.

@@ -15,6 +15,7 @@ pub mod local;
 pub mod mesh;
 pub mod next_hop;
 pub mod offline;
+pub mod pem;
 pub mod plan;
 pub mod replay;
 pub mod source;

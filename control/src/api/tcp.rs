@@ -1,12 +1,6 @@
 //! The API over TCP: plain on a loopback address, elsewhere by TLS with client certificates only.
 
-use std::{
-    io,
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -15,16 +9,18 @@ use tokio::{
 use tokio_rustls::{
     TlsAcceptor,
     rustls::{
-        self, RootCertStore, ServerConfig,
+        self, ServerConfig,
         crypto::ring,
-        pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
         server::{VerifierBuilderError, WebPkiClientVerifier},
         version,
     },
     server::TlsStream,
 };
 
-use crate::config::{self, Tls};
+use crate::{
+    config::{self, Tls},
+    pem::PemError,
+};
 
 /// How long a client may take to show who it is.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -41,17 +37,8 @@ pub enum TcpError {
         source: io::Error,
     },
     /// A file that is to hold certificates or a key.
-    #[error("{path} holds no {what}; see api.{key}")]
-    Pem {
-        /// Which.
-        path: PathBuf,
-        /// What it should hold.
-        what: &'static str,
-        /// Which setting names it.
-        key: &'static str,
-        /// Why.
-        source: rustls::pki_types::pem::Error,
-    },
+    #[error(transparent)]
+    Pem(#[from] PemError),
     /// They don't belong together.
     #[error("api.certificate and api.key can't be used")]
     Tls(#[from] rustls::Error),
@@ -125,36 +112,13 @@ impl Guest {
 
 fn acceptor(tls: &Tls) -> Result<TlsAcceptor, TcpError> {
     let provider = Arc::new(ring::default_provider());
-    let mut roots = RootCertStore::empty();
-    for certificate in certificates(&tls.client_ca, "client_ca")? {
-        roots.add(certificate)?;
-    }
-    let clients =
-        WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone()).build()?;
-    let key = PrivateKeyDer::from_pem_file(&tls.key);
-    let key = key.map_err(pem(&tls.key, "private key", "key"))?;
+    let roots = Arc::new(tls.client_ca().roots()?);
+    let clients = WebPkiClientVerifier::builder_with_provider(roots, provider.clone()).build()?;
     let config = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&version::TLS13, &version::TLS12])?
         .with_client_cert_verifier(clients)
-        .with_single_cert(certificates(&tls.certificate, "certificate")?, key)?;
+        .with_single_cert(tls.certificate().certificates()?, tls.key().key()?)?;
     Ok(TlsAcceptor::from(Arc::new(config)))
-}
-
-fn certificates(path: &Path, key: &'static str) -> Result<Vec<CertificateDer<'static>>, TcpError> {
-    let failed = pem(path, "certificate", key);
-    let read = CertificateDer::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
-    match read.map_err(&failed)? {
-        none if none.is_empty() => Err(failed(rustls::pki_types::pem::Error::NoItemsFound)),
-        some => Ok(some),
-    }
-}
-
-fn pem(
-    path: &Path,
-    what: &'static str,
-    key: &'static str,
-) -> impl Fn(rustls::pki_types::pem::Error) -> TcpError {
-    move |source| TcpError::Pem { path: path.to_owned(), what, key, source }
 }
 
 #[cfg(test)]
@@ -167,7 +131,13 @@ mod tests {
         io::{AsyncReadExt, AsyncWriteExt},
         runtime,
     };
-    use tokio_rustls::{TlsConnector, rustls::ClientConfig};
+    use tokio_rustls::{
+        TlsConnector,
+        rustls::{
+            ClientConfig, RootCertStore,
+            pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+        },
+    };
 
     use super::*;
 

@@ -35,6 +35,7 @@ use self::{
 use crate::{
     causes,
     config::{self, Maglev},
+    pem::PemFile,
 };
 
 /// How often this node asks its engine for its own place in the swarm.
@@ -117,15 +118,18 @@ impl Swarm {
             config::Engine::Tcp { address, certificates } => {
                 let tls = certificates.as_ref().map(|folder| {
                     // As Docker's own client calls them.
-                    let file = |name: &str| folder.join(name);
-                    connection::tls(&file("ca.pem"), &file("cert.pem"), &file("key.pem"))
+                    let files = ["ca.pem", "cert.pem", "key.pem"].map(|name| folder.join(name));
+                    let setting = "source.swarm.cert_path";
+                    let [ca, certificate, key] =
+                        files.each_ref().map(|path| PemFile { path, setting });
+                    connection::tls(ca, certificate, key)
                 });
                 Peer::Tcp(address.clone(), tls.transpose()?)
             }
         };
         let tls = api.tls.as_ref().map(|tls| {
             // One authority for all nodes: what lets others in lets us in elsewhere.
-            connection::tls(&tls.client_ca, &tls.certificate, &tls.key)
+            connection::tls(tls.client_ca(), tls.certificate(), tls.key())
         });
         let tls = tls.transpose()?;
         let manager = |manager: &config::Manager| {

@@ -1,12 +1,7 @@
 //! One HTTP connection, kept open: to a Docker engine, or to the Wiremesh of a manager. It knows neither's
 //! words.
 
-use std::{
-    fmt, io,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{fmt, io, path::PathBuf, sync::Arc, time::Duration};
 
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::{
@@ -24,15 +19,14 @@ use tokio::{
 use tokio_rustls::{
     TlsConnector,
     rustls::{
-        ClientConfig, RootCertStore,
+        ClientConfig,
         crypto::ring,
-        pki_types::{
-            CertificateDer, InvalidDnsNameError, PrivateKeyDer, ServerName,
-            pem::{self, PemObject},
-        },
+        pki_types::{InvalidDnsNameError, ServerName},
         version,
     },
 };
+
+use crate::pem::{PemError, PemFile};
 
 /// How long a connection may take to be made, its TLS included.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -92,43 +86,26 @@ pub enum AskError {
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
     /// A file.
-    #[error("{path} holds no {what}")]
-    Pem {
-        /// Which.
-        path: PathBuf,
-        /// What it should hold.
-        what: &'static str,
-        /// Why.
-        source: pem::Error,
-    },
+    #[error(transparent)]
+    Pem(#[from] PemError),
     /// They don't belong together.
     #[error("the certificate and the key can't be used")]
     Tls(#[from] tokio_rustls::rustls::Error),
 }
 
-/// TLS with a certificate of our own, to servers with one signed by `ca`. All three are files in PEM.
+/// TLS with a certificate of our own, to servers with one signed by `ca`.
 ///
 /// # Errors
-/// If one does not hold what it should.
-pub fn tls(ca: &Path, certificate: &Path, key: &Path) -> Result<Arc<ClientConfig>, TlsError> {
-    let failed = |path: &Path, what| {
-        let path = path.to_owned();
-        move |source| TlsError::Pem { path, what, source }
-    };
-    let certificates = |path: &Path| {
-        CertificateDer::pem_file_iter(path)
-            .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-            .map_err(failed(path, "certificate"))
-    };
-    let mut roots = RootCertStore::empty();
-    for root in certificates(ca)? {
-        roots.add(root)?;
-    }
-    let secret = PrivateKeyDer::from_pem_file(key).map_err(failed(key, "private key"))?;
+/// If a file does not hold what it should.
+pub fn tls(
+    ca: PemFile<'_>,
+    certificate: PemFile<'_>,
+    key: PemFile<'_>,
+) -> Result<Arc<ClientConfig>, TlsError> {
     let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_protocol_versions(&[&version::TLS13, &version::TLS12])?
-        .with_root_certificates(roots)
-        .with_client_auth_cert(certificates(certificate)?, secret)?;
+        .with_root_certificates(ca.roots()?)
+        .with_client_auth_cert(certificate.certificates()?, key.key()?)?;
     Ok(Arc::new(config))
 }
 
