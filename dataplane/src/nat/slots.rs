@@ -847,16 +847,9 @@ impl Slots {
     /// Ends a slot's life, if that is still the one that `state` is of. Its port is free at once.
     fn close(&self, id: Id, state: State) {
         let Some(record) = self.record(id) else { return };
-        let mut seen = state;
-        let word = &record.0[word::STATE];
         // One worker wins.
-        loop {
-            let dead = seen.0 & State::GENERATION;
-            match word.compare_exchange(seen.0, dead, Ordering::AcqRel, Ordering::Relaxed) {
-                Ok(_) => break,
-                Err(other) if state.is_same_life(State(other)) => seen = State(other),
-                Err(_) => return,
-            }
+        if !self.note(id, state, |state| State(state.0 & State::GENERATION)) {
+            return;
         }
         self.leave(id, record.word(word::HASH));
         if let Some(open) = self.open.get(record.word(word::BACKEND) as usize) {

@@ -7,7 +7,7 @@ use zerocopy::FromBytes;
 use super::{Sums, Way};
 use crate::{
     counters::DropReason,
-    flow::{Address, Flow, Kind, protocol, tcp_flags},
+    flow::{Address, Flow, protocol, tcp_flags},
     port::Frame,
     wire::{
         checksum::{self, Sum},
@@ -201,11 +201,7 @@ pub fn send_by(frame: &mut Frame, flow: &Flow, way: &Way, own: MacAddr) -> Resul
     Ok(())
 }
 
-/// Whether an ICMP error's quote can be translated: TCP's or UDP's.
+/// Whether a packet can be translated, or what an ICMP error quotes: TCP's or UDP's.
 pub fn is_translatable(flow: &Flow) -> bool {
-    let transport = match flow.kind {
-        Kind::IcmpError => flow.key.protocol,
-        _ => flow.protocol,
-    };
-    transport == protocol::TCP || transport == protocol::UDP
+    [protocol::TCP, protocol::UDP].contains(&flow.key.protocol)
 }

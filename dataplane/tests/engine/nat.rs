@@ -355,7 +355,6 @@ impl World {
             vni,
             udp_port: 4789,
             mac: MacAddr(MESH_MAC),
-            mtu: MTU,
             mesh: vec![Mesh { bank, address: ip(address).into() }],
         };
         let common = Common {
