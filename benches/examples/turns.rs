@@ -36,12 +36,16 @@ fn main() {
     benches::pin();
     let case = if shrunk { case.shrunk() } else { case };
     let mut rig = Rig::new(&case);
-    let spent = rotate(&mut rig, rotations, burst);
+    let mut spent = rotate(&mut rig, rotations, burst);
     let packets = rotations * ROTATION;
+    let total: Duration = spent.iter().sum();
+    spent.sort_unstable();
+    let median = spent.get(rotations / 2).copied().unwrap_or_default();
     println!(
-        "{}: {packets} packets, {:.1} ns each, table on {}, frames on {}",
+        "{}: {packets} packets, {:.1} ns each, {:.1} in the median rotation, table on {}, frames on {}",
         case.name,
-        spent.as_nanos() as f64 / packets as f64,
+        total.as_nanos() as f64 / packets as f64,
+        median.as_nanos() as f64 / ROTATION as f64,
         rig.table,
         rig.frames,
     );
@@ -49,6 +53,6 @@ fn main() {
 
 /// What a profiler is to look at: all before is setting up.
 #[inline(never)]
-fn rotate(rig: &mut Rig, rotations: usize, burst: usize) -> Duration {
-    (0..rotations).map(|_| rig.rotation(burst)).sum()
+fn rotate(rig: &mut Rig, rotations: usize, burst: usize) -> Vec<Duration> {
+    (0..rotations).map(|_| rig.rotation(burst)).collect()
 }

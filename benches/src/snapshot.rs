@@ -210,7 +210,6 @@ pub fn translated(backends: &Backends) -> Forwarding {
         vni: VNI,
         udp_port: vxlan::PORT,
         mac: MacAddr([2, 0, 0, 0, 0, 2]),
-        mtu: 1450,
         mesh: (0..).zip(&MESH).map(mesh).collect(),
     }];
     common.tasks = (0..slots.len() as Slot).map(|slot| Address::v4(task_v4(slot))).collect();

@@ -527,8 +527,6 @@ impl Planner {
             vni: overlay.vni.get(),
             udp_port: overlay.port,
             mac: overlay.mac,
-            // No bound but each way's own.
-            mtu: overlay.mtu.unwrap_or(u16::MAX),
             mesh: of(overlay)
                 .into_iter()
                 .filter_map(|owner| Some(Mesh { bank: banks.of(owner)?, address: owner.1.into() }))

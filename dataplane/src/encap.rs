@@ -186,6 +186,12 @@ impl Template {
     /// Where the tunnel ends.
     #[inline]
     pub fn far_end(&self) -> Address {
+        const PLAIN: usize = ethernet::LEN + 16;
+        if usize::from(self.len) == IPV4_LEN
+            && let Some(dst) = self.bytes[PLAIN..].first_chunk()
+        {
+            return Address::v4(*dst);
+        }
         let dst = usize::from(self.ip_offset) + if self.v6 { 24 } else { 16 };
         let dst = &self.bytes[dst..];
         match self.v6 {

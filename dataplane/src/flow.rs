@@ -122,6 +122,19 @@ fn fold(a: u64, b: u64) -> u64 {
 }
 
 impl FlowKey {
+    /// Whether its addresses are IPv6: both are, or neither.
+    #[inline(always)]
+    pub fn is_v6(&self) -> bool {
+        self.dst.as_v4().is_none()
+    }
+
+    /// The same the other way.
+    #[must_use]
+    pub fn reversed(self) -> Self {
+        let Self { src, dst, src_port, dst_port, protocol } = self;
+        Self { src: dst, dst: src, src_port: dst_port, dst_port: src_port, protocol }
+    }
+
     /// A keyed 64-bit hash: four folded multiplications, three of them in parallel, and one of those a
     /// constant for IPv4, whose upper halves are zero.
     ///
@@ -207,7 +220,7 @@ impl Flow {
     /// Whether the packet itself is IPv6 (the quoted one of an ICMP error always is of the same family).
     #[inline]
     pub fn is_v6(&self) -> bool {
-        self.key.dst.as_v4().is_none()
+        self.key.is_v6()
     }
 
     /// Whether a TCP connection begins here: SYN without ACK.

@@ -99,8 +99,6 @@ pub struct Overlay {
     pub udp_port: u16,
     /// This node's MAC address in it.
     pub mac: MacAddr,
-    /// The largest IP packet in it, in bytes.
-    pub mtu: u16,
     /// This node's addresses in it.
     pub mesh: Vec<Mesh>,
 }

@@ -44,8 +44,32 @@ pub fn zeroed<T: FromBytes + IntoBytes + KnownLayout>(
     Ok((elements, huge_pages))
 }
 
+/// So many zeroed elements that not everybody needs: a page becomes memory when it is first written, which takes the
+/// writer a microsecond.
+///
+/// # Errors
+/// As [`zeroed`].
+///
+/// # Panics
+/// As [`zeroed`].
+#[cfg(not(loom))]
+pub fn untouched<T: FromBytes + IntoBytes + KnownLayout>(
+    count: usize,
+) -> Result<&'static [T], AllocationError> {
+    let bytes = count * size_of::<T>();
+    let map = MmapMut::map_anon(bytes).map_err(|source| AllocationError { bytes, source })?;
+    let memory: &'static mut [u8] = &mut Box::leak(Box::new(map))[..];
+    Ok(<[T]>::mut_from_bytes(memory).expect("pages are aligned and so are elements"))
+}
+
 /// The same of loom's atomics, which are no plain bytes.
 #[cfg(loom)]
 pub fn zeroed<T: Default>(count: usize) -> Result<(&'static [T], bool), AllocationError> {
     Ok((Vec::leak((0..count).map(|_| T::default()).collect()), false))
+}
+
+/// Likewise.
+#[cfg(loom)]
+pub fn untouched<T: Default>(count: usize) -> Result<&'static [T], AllocationError> {
+    Ok(zeroed(count)?.0)
 }

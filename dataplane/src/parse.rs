@@ -8,7 +8,7 @@ use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 use crate::{
     counters::DropReason::{self, *},
     flow::{Address, Flow, FlowKey, Kind, protocol},
-    wire::{arp, checksum, ethernet, icmp, ipv4, ipv6, tcp},
+    wire::{arp, checksum, ethernet, icmp, ipv4, ipv6, tcp, udp, vxlan},
 };
 
 /// Option of a neighbour solicitation, RFC 4861 section 4.6.1.
@@ -116,6 +116,56 @@ fn plain_ipv6(packet: &[u8], flow: &mut Flow) -> bool {
     };
     ip.write(ethernet::LEN, ports, flow);
     true
+}
+
+/// What nearly every packet in a tunnel begins with.
+#[derive(FromBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct PlainTunnel {
+    ethernet: ethernet::Header,
+    ip: ipv4::Header,
+    udp: udp::Header,
+    vxlan: vxlan::Header,
+}
+
+/// Bytes of the headers that [`plain_tunnel`] takes.
+pub const TUNNEL_LEN: usize = size_of::<PlainTunnel>();
+
+/// What the headers of a tunnel tell.
+pub struct Tunnel {
+    /// Where it begins.
+    pub src: Address,
+    /// The UDP port that it ends at.
+    pub udp_port: u16,
+    /// The VXLAN network identifier.
+    pub vni: u32,
+    /// The length of the frame in it, in bytes.
+    pub inner_len: usize,
+}
+
+/// Parses the packet in a VXLAN tunnel as [`flow`] would if it came by itself, if both are what [`plain_ipv4`] takes.
+///
+/// No flow is made of the tunnel itself, nor hashed, and all offsets are constants: 194 instructions less.
+#[inline(always)]
+pub fn plain_tunnel(packet: &[u8], flow: &mut Flow) -> Option<Tunnel> {
+    let (PlainTunnel { ethernet, ip, udp, vxlan }, _) =
+        PlainTunnel::ref_from_prefix(packet).ok()?;
+    let plain = ip.protocol == protocol::UDP
+        && ethernet.ethertype.get() == ethernet::IPV4
+        && ip.version_ihl == ipv4::VERSION_IHL
+        && !ip.is_fragment()
+        && vxlan.flags & vxlan::VALID_VNI != 0;
+    if !plain {
+        return None;
+    }
+    // What follows the outer IP packet is padding.
+    let inner = packet.get(TUNNEL_LEN..ethernet::LEN + usize::from(ip.total_len.get()))?;
+    plain_ipv4(inner, flow).then(|| Tunnel {
+        src: Address::v4(ip.src),
+        udp_port: udp.dst_port.get(),
+        vni: vxlan.vni(),
+        inner_len: inner.len(),
+    })
 }
 
 /// What a header tells that is TCP's, or UDP's and more.

@@ -143,8 +143,25 @@ impl Frame {
     /// Begins to fetch the packet's first bytes.
     #[inline]
     pub fn prefetch(&self) {
-        if let Some(first) = self.chunk.get(self.start()) {
+        self.prefetch_at(0);
+    }
+
+    /// Begins to fetch the packet's bytes from here on, if it is that long.
+    #[inline]
+    pub fn prefetch_at(&self, at: usize) {
+        if let Some(first) = self.chunk.get(self.start() + at)
+            && at <= self.len()
+        {
             prefetch(first);
+        }
+    }
+
+    /// Begins to fetch the cache line in front of the packet, for a header that will be written there.
+    #[inline]
+    pub fn prefetch_front(&self) {
+        const LINE: usize = 64;
+        if let Some(before) = self.chunk.get(self.start().wrapping_sub(LINE)) {
+            prefetch(before);
         }
     }
 

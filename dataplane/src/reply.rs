@@ -161,14 +161,7 @@ pub fn reset(frame: &mut Frame, flow: &Flow, own: MacAddr) -> Result<(), DropRea
     frame.set_len(ip_offset + ip_header + tcp::LEN);
     let packet = frame.packet_mut();
     return_to_sender(packet, own);
-    let key = FlowKey {
-        src: flow.key.dst,
-        dst: flow.key.src,
-        src_port: flow.key.dst_port,
-        dst_port: flow.key.src_port,
-        ..flow.key
-    };
-    write_tcp(&mut packet[ip_offset..], &key, seq, ack, flags);
+    write_tcp(&mut packet[ip_offset..], &flow.key.reversed(), seq, ack, flags);
     Ok(())
 }
 
@@ -183,27 +176,20 @@ pub fn keepalive(
     way: &Way,
     own: MacAddr,
 ) -> Result<(), DropReason> {
-    let v6 = key.dst.as_v4().is_none();
-    let len = if v6 { ipv6::LEN } else { ipv4::LEN } + tcp::LEN;
+    let len = if key.is_v6() { ipv6::LEN } else { ipv4::LEN } + tcp::LEN;
     if len > frame.capacity() {
         return Err(DropReason::NoHeadroom);
     }
     frame.set_len(len);
-    let key = FlowKey {
-        src: key.dst,
-        dst: key.src,
-        src_port: key.dst_port,
-        dst_port: key.src_port,
-        ..*key
-    };
+    let key = key.reversed();
     write_tcp(frame.packet_mut(), &key, 0, 0, tcp_flags::ACK);
     let flow = Flow { key, ip_offset: 0, ip_len: len as u16, ..Flow::NONE };
-    translate::send_by(frame, &flow, way, own)
+    translate::send_by(frame, (&flow, key.is_v6()), way, own)
 }
 
 /// Writes IP and TCP headers without options or payload.
 fn write_tcp(packet: &mut [u8], key: &FlowKey, seq: u32, ack: u32, flags: u8) {
-    let v6 = key.dst.as_v4().is_none();
+    let v6 = key.is_v6();
     let (ip, l4) = packet.split_at_mut(if v6 { ipv6::LEN } else { ipv4::LEN });
     match v6 {
         true => write_ipv6(ip, protocol::TCP, l4.len(), key.src, key.dst, TTL),

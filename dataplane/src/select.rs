@@ -82,6 +82,16 @@ impl<'a> Context<'a> {
         self.asked.1
     }
 
+    /// The backend that the service's scheduler wants for a new flow. `None`: it leaves that to Maglev.
+    fn choose<'f>(
+        &self,
+        sight: Sight<'_>,
+        forwarding: &'f Forwarding,
+    ) -> Option<(Slot, &'f Backend)> {
+        let slot = self.scheduler.choose(sight, self.connections)?;
+        Some((slot, forwarding.backend(slot)?))
+    }
+
     /// Whether this service answers on the flow's VIP. Apart, so that those who need not ask have the registers to
     /// themselves.
     #[inline(never)]
@@ -212,10 +222,8 @@ fn begin<'a>(
         return Ok(Selected { slot, backend, how: How::Remembered });
     }
     let picked = pick(flow, forwarding, service)?;
-    let (key, maglev_hash) = (&flow.key, picked.hash);
-    let sight = Sight { service, key, maglev_hash, now, slots: None };
-    let chosen = context.scheduler.choose(sight, context.connections);
-    let chosen = chosen.and_then(|slot| Some((slot, forwarding.backend(slot)?)));
+    let sight = Sight { service, key: &flow.key, maglev_hash: picked.hash, now, slots: None };
+    let chosen = context.choose(sight, forwarding);
     let (slot, backend) = chosen.unwrap_or((picked.slot, picked.backend));
     context.counters.count(Event::ConnectionMisses, 1);
     let remembered = context.connections.remember(hash, slot, traffic, now);
@@ -269,10 +277,9 @@ pub fn place<'a, T>(
     remember: impl FnOnce(Slot) -> Option<T>,
 ) -> Result<(Slot, &'a Backend, T), DropReason> {
     let picked = pick(flow, forwarding, service)?;
-    let (key, maglev_hash, now) = (&flow.key, picked.hash, context.now);
-    let sight = Sight { service, key, maglev_hash, now, slots: Some(slots) };
-    let chosen = context.scheduler.choose(sight, context.connections);
-    let chosen = chosen.and_then(|slot| Some((slot, forwarding.backend(slot)?)));
+    let (now, slots) = (context.now, Some(slots));
+    let sight = Sight { service, key: &flow.key, maglev_hash: picked.hash, now, slots };
+    let chosen = context.choose(sight, forwarding);
     let (slot, backend) = chosen.unwrap_or((picked.slot, picked.backend));
     let remembered = remember(slot).ok_or(DropReason::NatExhausted)?;
     context.scheduler.placed(sight, (slot, Traffic::of(flow)), context.connections);

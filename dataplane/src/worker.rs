@@ -155,6 +155,7 @@ impl<P: Port> Worker<P> {
             pool: &mut self.pool,
             outbound: &mut self.outbound,
             icmp_limit: &mut self.icmp_limit,
+            seen: nat::Seen::default(),
         };
         // Each stage goes over the whole burst and asks for the memory that the next one reads, so that
         // cache misses overlap.
@@ -162,12 +163,17 @@ impl<P: Port> Worker<P> {
             frame.prefetch();
         }
         let packets = &mut self.packets[..self.inbound.len()];
-        burst.parse(&self.inbound, packets);
-        if let Some(slots) = burst.nat {
-            burst.translate(slots, &mut self.inbound, packets);
+        let some_to_select = match burst.nat {
+            None => {
+                burst.parse(&self.inbound, packets);
+                true
+            }
+            Some(slots) => burst.translate(slots, &mut self.inbound, packets),
+        };
+        if some_to_select {
+            burst.select(packets);
+            burst.encapsulate(&mut self.inbound, packets);
         }
-        burst.select(packets);
-        burst.encapsulate(&mut self.inbound, packets);
         burst.dispatch(&mut self.inbound, packets);
     }
 
@@ -268,8 +274,6 @@ enum Next {
     Translate(u32, Option<Id>),
     /// Translate it for the client that has this slot.
     Return(Id),
-    /// It is translated: wrap it for the backend in this slot.
-    Wrap(Slot),
     /// It is ready: send it by this port.
     Send(u32),
     /// It is too big for the backend in this slot.
@@ -300,6 +304,7 @@ struct Burst<'a> {
     pool: &'a mut Pool,
     outbound: &'a mut [Box<Frames>],
     icmp_limit: &'a mut RateLimit,
+    seen: nat::Seen,
 }
 
 impl<'a> Burst<'a> {
@@ -316,8 +321,13 @@ impl<'a> Burst<'a> {
                 self.parse_any(bytes, packet);
             }
         }
+        self.received(inbound, total);
+    }
+
+    /// Counts a burst.
+    fn received(&self, inbound: &Frames, bytes: u64) {
         self.context.counters.count(Event::RxPackets, inbound.len() as u64);
-        self.context.counters.count(Event::RxBytes, total);
+        self.context.counters.count(Event::RxBytes, bytes);
     }
 
     /// Apart, so that the plain packets' way has the registers to itself.
@@ -332,18 +342,26 @@ impl<'a> Burst<'a> {
     /// Says what is next for a parsed packet.
     #[inline(always)]
     fn classify(&self, bytes: &[u8], packet: &mut Packet) {
-        let flow = &packet.flow;
-        if !self.link.accepts(bytes, flow.kind) {
+        if self.is_to_be_forwarded(bytes, packet) {
+            packet.hash = packet.flow.key.hash(&self.hash_key);
+            self.context.connections.prefetch(packet.hash);
+            packet.next = Next::Select;
+        }
+    }
+
+    /// Whether a parsed packet is for a backend. If not, says what is next for it.
+    #[inline(always)]
+    fn is_to_be_forwarded(&self, bytes: &[u8], packet: &mut Packet) -> bool {
+        let kind = packet.flow.kind;
+        if !self.link.accepts(bytes, kind) {
             packet.next = Next::Drop(DropReason::NotForUs);
-            return;
+            return false;
         }
-        if !matches!(flow.kind, Kind::Packet | Kind::IcmpError) {
+        if !matches!(kind, Kind::Packet | Kind::IcmpError) {
             packet.next = Next::Answer;
-            return;
+            return false;
         }
-        packet.hash = flow.key.hash(&self.hash_key);
-        self.context.connections.prefetch(packet.hash);
-        packet.next = Next::Select;
+        true
     }
 
     /// Meaning → backend.
@@ -397,10 +415,8 @@ impl<'a> Burst<'a> {
     #[inline(never)]
     fn encapsulate(&mut self, inbound: &mut Frames, packets: &mut [Packet]) {
         for (frame, packet) in inbound.iter_mut().zip(packets) {
-            match packet.next {
-                Next::Tunnel(slot) => self.tunnel(frame, packet, slot),
-                Next::Wrap(slot) => self.wrap_translated(frame, packet, slot),
-                _ => {}
+            if let Next::Tunnel(slot) = packet.next {
+                self.tunnel(frame, packet, slot);
             }
         }
     }
@@ -408,7 +424,7 @@ impl<'a> Burst<'a> {
     /// Sends the packet to its backend, if it fits.
     #[inline(always)]
     fn tunnel(&self, frame: &mut Frame, packet: &mut Packet, slot: Slot) {
-        let Packet { flow, hash, next, .. } = packet;
+        let Packet { flow, next, .. } = packet;
         let Some((backend, port)) = self.reach(slot) else {
             *next = Next::Drop(DropReason::NextHopUnresolved);
             return;
@@ -424,23 +440,20 @@ impl<'a> Burst<'a> {
             *next = Next::Shrink(slot);
             return;
         }
-        if let Err(reason) = encap::vxlan(frame, flow, &backend.template, *hash) {
-            *next = Next::Drop(reason);
-            return;
-        }
-        counters.forwarded(slot as usize, frame.len());
-        *next = Next::Send(port);
+        self.wrap(frame, packet, slot, (backend, port));
     }
 
-    /// Wraps what NAT has made fit.
-    #[inline(never)]
-    fn wrap_translated(&self, frame: &mut Frame, packet: &mut Packet, slot: Slot) {
-        let wrapped = self.reach(slot).ok_or(DropReason::NextHopUnresolved);
-        let wrapped = wrapped.and_then(|(backend, port)| {
-            encap::vxlan(frame, &packet.flow, &backend.template, packet.hash).map(|()| port)
-        });
-        packet.next = match wrapped {
-            Ok(port) => {
+    /// Wraps what fits the way to its backend.
+    #[inline(always)]
+    fn wrap(
+        &self,
+        frame: &mut Frame,
+        packet: &mut Packet,
+        slot: Slot,
+        (backend, port): (&Backend, u32),
+    ) {
+        packet.next = match encap::vxlan(frame, &packet.flow, &backend.template, packet.hash) {
+            Ok(()) => {
                 self.context.counters.forwarded(slot as usize, frame.len());
                 Next::Send(port)
             }
@@ -475,11 +488,9 @@ impl<'a> Burst<'a> {
                 Next::Answer => self.answer(frame, &packet.flow),
                 Next::Shrink(slot) => self.too_big(frame, packet, slot),
                 Next::Refuse(reason) => self.refuse(frame, packet, reason),
-                Next::Select
-                | Next::Tunnel(_)
-                | Next::Translate(..)
-                | Next::Return(_)
-                | Next::Wrap(_) => self.discard(frame, DropReason::NoBackend),
+                Next::Select | Next::Tunnel(_) | Next::Translate(..) | Next::Return(_) => {
+                    self.discard(frame, DropReason::NoBackend)
+                }
             }
         }
     }

@@ -144,7 +144,7 @@ impl State {
     /// The task has sent something.
     const ANSWERED: u64 = 1 << 36;
     /// The client has sent something after that.
-    const ESTABLISHED: u64 = 1 << 37;
+    const ESTABLISHED: u64 = Self::ANSWERED << 1;
     const DATAGRAMS: u64 = 1 << 38;
     /// The client's packets no longer find it: it only keeps its port from being used again too soon.
     const DETACHED: u64 = 1 << 39;
@@ -199,8 +199,20 @@ impl State {
         }
     }
 
+    /// Whether a packet is as the last ones were, so that there is nothing to note. If not, there may yet be nothing.
+    #[inline(always)]
+    fn is_settled(self, side: Side, flags: u8, now: Tick) -> bool {
+        let news = match side {
+            // As soon as the task has answered, the client establishes the connection.
+            Side::Client => (self.0 ^ self.0 >> 1) & Self::ANSWERED,
+            Side::Task => !self.0 & Self::ANSWERED,
+        };
+        flags & (tcp_flags::FIN | tcp_flags::RST) == 0
+            && news | self.0 & Self::RESET == 0
+            && self.silent(now) < UNNOTED
+    }
+
     /// What it becomes by a packet. Equal to itself if nothing is worth noting.
-    #[inline]
     fn after(self, side: Side, flags: u8, now: Tick) -> Self {
         let mut state = self.0;
         if flags & tcp_flags::RST != 0 {
@@ -208,15 +220,14 @@ impl State {
         } else {
             // A reset that was not believed, or was forged: the connection goes on.
             state &= !Self::RESET;
-            let (own, others) = match side {
-                Side::Client => (Self::CLIENT_FIN, Self::TASK_FIN),
-                Side::Task => (Self::TASK_FIN, Self::CLIENT_FIN),
-            };
-            if flags & tcp_flags::FIN != 0 && state & (own | others) == 0 && side == Side::Client {
-                state |= Self::CLIENT_FIRST;
-            }
             if flags & tcp_flags::FIN != 0 {
-                state |= own;
+                state |= match side {
+                    Side::Client if state & Self::BOTH_FIN == 0 => {
+                        Self::CLIENT_FIN | Self::CLIENT_FIRST
+                    }
+                    Side::Client => Self::CLIENT_FIN,
+                    Side::Task => Self::TASK_FIN,
+                };
             }
             match side {
                 Side::Task => state |= Self::ANSWERED,
@@ -287,42 +298,54 @@ impl Sums {
     }
 }
 
-/// A slot's words, in two cache lines: the first finds and judges, the second translates.
+/// A slot's words: one cache line, the only one that IPv4 needs.
 #[derive(Debug, Default)]
 #[cfg_attr(not(loom), derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::KnownLayout))]
-#[repr(C, align(128))]
-struct Record([AtomicU64; WORDS]);
+#[repr(C, align(64))]
+struct Record([AtomicU64; 8]);
 
-const WORDS: usize = 16;
-
-/// Which word of a record is what. An address takes two, the upper half first.
+/// Which word of a record is what.
 mod word {
     pub const STATE: usize = 0;
-    pub const CLIENT: usize = 1;
-    pub const VIP: usize = 3;
-    pub const PORTS: usize = 5;
-    pub const BACKEND: usize = 6;
-    pub const SUMS: usize = 7;
-    pub const TASK: usize = 8;
-    pub const MESH: usize = 10;
-    pub const HASH: usize = 12;
-    pub const STATION: usize = 13;
-    pub const TAGS: usize = 14;
+    /// The client's and the VIP's address, if they are IPv4.
+    pub const ENDS: usize = 1;
+    pub const PORTS: usize = 2;
+    /// The mesh address and the task's, likewise.
+    pub const INSIDE: usize = 3;
+    /// The backend, and what changes in checksums.
+    pub const BACKEND: usize = 4;
+    pub const STATION: usize = 5;
+    pub const TAGS: usize = 6;
+    pub const HASH: usize = 7;
 }
 
-/// Client's and VIP's port, protocol and the task's port in one word; the last does not name the flow.
-fn ports(key: &FlowKey, task_port: u16) -> u64 {
-    u64::from(key.src_port) << 48
-        | u64::from(key.dst_port) << 32
-        | u64::from(key.protocol) << 16
-        | u64::from(task_port)
+/// The addresses of a slot's connection, if they are IPv6: two words each, the upper half first.
+#[derive(Debug, Default)]
+#[cfg_attr(not(loom), derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::KnownLayout))]
+#[repr(C, align(64))]
+struct Wide([AtomicU64; 8]);
+
+/// Client's and VIP's port, family, protocol and the task's port in one word; the last does not name the flow.
+#[inline(always)]
+fn ports(key: &FlowKey, is_v6: bool, task_port: u16) -> u64 {
+    // In the key's own order, so that it takes two loads.
+    u64::from(key.src_port)
+        | u64::from(key.dst_port) << 16
+        | u64::from(key.protocol) << 32
+        | if is_v6 { IS_V6 } else { 0 }
+        | u64::from(task_port) << TASK_PORT
 }
+
+/// In [`ports`]: the addresses are IPv6.
+const IS_V6: u64 = 1 << 40;
+/// Likewise: where the task's port is.
+const TASK_PORT: u32 = 48;
 
 /// Interface and MAC address of a way in one word.
 #[inline(always)]
-pub fn station(way: &Way) -> u64 {
+fn station(way: &Way) -> u64 {
     let [a, b, c, d, e, f] = way.mac.0;
-    u64::from_be_bytes([0, way.link, a, b, c, d, e, f])
+    u64::from_le_bytes([way.link, 0, a, b, c, d, e, f])
 }
 
 fn tags(way: &Way) -> u64 {
@@ -330,7 +353,7 @@ fn tags(way: &Way) -> u64 {
 }
 
 /// The bits of [`ports`] that name a flow.
-const FLOW_PORTS: u64 = !0xffff;
+const FLOW_PORTS: u64 = (1 << TASK_PORT) - 1;
 
 impl Record {
     #[inline(always)]
@@ -338,18 +361,8 @@ impl Record {
         self.0[at].load(Ordering::Relaxed)
     }
 
-    #[inline(always)]
-    fn address(&self, at: usize) -> Address {
-        Address(u128::from(self.word(at)) << 64 | u128::from(self.word(at + 1)))
-    }
-
     fn set(&self, at: usize, value: u64) {
         self.0[at].store(value, Ordering::Relaxed);
-    }
-
-    fn set_address(&self, at: usize, Address(address): Address) {
-        self.set(at, (address >> 64) as u64);
-        self.set(at + 1, address as u64);
     }
 
     #[inline(always)]
@@ -357,84 +370,147 @@ impl Record {
         State(self.0[word::STATE].load(Ordering::Acquire))
     }
 
-    /// What `read` makes of a live record, if it stayed the same meanwhile.
+    /// The state of a live record. What is read next counts if the record then [lives on](Self::lives_on).
     #[inline(always)]
-    fn read<T>(&self, read: impl FnOnce(State) -> Option<T>) -> Option<T> {
+    fn live(&self) -> Option<State> {
         let state = self.state();
-        if !state.is_live() {
-            return None;
-        }
-        let value = read(state)?;
-        fence(Ordering::Acquire);
-        let later = State(self.word(word::STATE));
-        state.is_same_life(later).then_some(value)
+        state.is_live().then_some(state)
     }
 
+    /// Whether all that was read since [`Self::live`] is of the same life.
     #[inline(always)]
-    fn is_of(&self, key: &FlowKey) -> bool {
-        let differing = (self.word(word::PORTS) ^ ports(key, 0)) & FLOW_PORTS
-            | self.word(word::CLIENT) ^ (key.src.0 >> 64) as u64
-            | self.word(word::CLIENT + 1) ^ key.src.0 as u64
-            | self.word(word::VIP) ^ (key.dst.0 >> 64) as u64
-            | self.word(word::VIP + 1) ^ key.dst.0 as u64;
-        differing == 0
-    }
-
-    /// Writes a new life into a slot that the caller has just taken.
-    fn begin(&self, connection: &Connection, port: u16, hash: u64, now: Tick) {
-        let Connection { key, task, task_port, mesh, backend, way } = connection;
-        let generation = self.word(word::STATE).wrapping_add(1 << 48) & State::GENERATION;
-        self.set(word::STATE, generation);
-        // Whoever reads one of the words below and then the state again sees that it changed.
-        fence(Ordering::Release);
-        self.set_address(word::CLIENT, key.src);
-        self.set_address(word::VIP, key.dst);
-        self.set(word::PORTS, ports(key, *task_port));
-        self.set(word::BACKEND, u64::from(*backend));
-        let Sums { addresses, all } = Sums::of(connection, port);
-        self.set(word::SUMS, u64::from(addresses) << 16 | u64::from(all));
-        self.set_address(word::TASK, *task);
-        self.set_address(word::MESH, *mesh);
-        self.set(word::HASH, hash);
-        self.set(word::STATION, station(way));
-        self.set(word::TAGS, tags(way));
-        let flags = if key.protocol == protocol::UDP { State::DATAGRAMS } else { 0 };
-        let state = State::LIVE | generation | flags | State::units(now);
-        self.0[word::STATE].store(state, Ordering::Release);
-    }
-
-    fn key(&self) -> FlowKey {
-        let ports = self.word(word::PORTS);
-        FlowKey {
-            src: self.address(word::CLIENT),
-            dst: self.address(word::VIP),
-            src_port: (ports >> 48) as u16,
-            dst_port: (ports >> 32) as u16,
-            protocol: (ports >> 16) as u8,
-        }
+    fn lives_on(&self, state: State) -> bool {
+        fence(Ordering::Acquire);
+        state.is_same_life(State(self.word(word::STATE)))
     }
 
     fn way(&self) -> Way {
-        let [_, link, mac @ ..] = self.word(word::STATION).to_be_bytes();
+        let [link, _, mac @ ..] = self.word(word::STATION).to_le_bytes();
         let tags = self.word(word::TAGS);
         Way { mac: MacAddr(mac), link, tags: [(tags >> 32) as u32, tags as u32] }
     }
 
+    /// The backend, and what changes in checksums on the way to it.
     #[inline(always)]
-    fn sums(&self) -> Sums {
-        let sums = self.word(word::SUMS);
-        Sums { addresses: (sums >> 16) as u16, all: sums as u16 }
+    fn backend(&self) -> (forwarding::Slot, Sums) {
+        let word = self.word(word::BACKEND);
+        ((word >> 32) as u32, Sums { addresses: (word >> 16) as u16, all: word as u16 })
+    }
+}
+
+impl Wide {
+    fn set(&self, at: usize, addresses: [Address; 2]) {
+        let words = addresses.map(|Address(all)| [(all >> 64) as u64, all as u64]);
+        for (place, word) in self.0[at..].iter().zip(words.as_flattened()) {
+            place.store(*word, Ordering::Relaxed);
+        }
+    }
+
+    fn get(&self, at: usize) -> [Address; 2] {
+        let word = |at: usize| u128::from(self.0[at].load(Ordering::Relaxed));
+        [at, at + 2].map(|at| Address(word(at) << 64 | word(at + 1)))
+    }
+}
+
+/// Where a slot's connection stands.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    record: &'a Record,
+    wide: &'a [Wide],
+    id: Id,
+}
+
+impl Place<'_> {
+    #[inline(always)]
+    fn is_v6(&self) -> bool {
+        self.record.word(word::PORTS) & IS_V6 != 0
+    }
+
+    #[inline(always)]
+    fn task_port(&self) -> u16 {
+        (self.record.word(word::PORTS) >> TASK_PORT) as u16
+    }
+
+    /// The two addresses of a word of the record, which are elsewhere if they are IPv6.
+    #[inline(always)]
+    fn addresses(&self, at: usize, is_v6: bool) -> [Address; 2] {
+        if is_v6 {
+            return self.wide_addresses(at);
+        }
+        let pair = self.record.word(at);
+        [(pair >> 32) as u32, pair as u32].map(|address| Address::v4(address.to_be_bytes()))
+    }
+
+    /// Apart, so that IPv4 has the registers to itself.
+    #[inline(never)]
+    fn wide_addresses(&self, at: usize) -> [Address; 2] {
+        let at = if at == word::ENDS { 0 } else { 4 };
+        self.wide.get(self.id.0 as usize).map_or([Address(0); 2], |wide| wide.get(at))
+    }
+
+    /// Whether this is a flow's slot, which is of this family.
+    #[inline(always)]
+    fn is_of(&self, key: &FlowKey, is_v6: bool) -> bool {
+        let differing = self.record.word(word::PORTS) ^ ports(key, is_v6, 0);
+        differing & FLOW_PORTS == 0 && self.addresses(word::ENDS, is_v6) == [key.src, key.dst]
+    }
+
+    #[inline(always)]
+    fn key(&self, is_v6: bool) -> FlowKey {
+        let ports = self.record.word(word::PORTS);
+        let [src, dst] = self.addresses(word::ENDS, is_v6);
+        FlowKey {
+            src,
+            dst,
+            src_port: ports as u16,
+            dst_port: (ports >> 16) as u16,
+            protocol: (ports >> 32) as u8,
+        }
     }
 
     fn connection(&self) -> Connection {
+        let is_v6 = self.is_v6();
+        let [mesh, task] = self.addresses(word::INSIDE, is_v6);
         Connection {
-            key: self.key(),
-            task: self.address(word::TASK),
-            task_port: self.word(word::PORTS) as u16,
-            mesh: self.address(word::MESH),
-            backend: self.word(word::BACKEND) as u32,
-            way: self.way(),
+            key: self.key(is_v6),
+            task,
+            task_port: self.task_port(),
+            mesh,
+            backend: self.record.backend().0,
+            way: self.record.way(),
         }
+    }
+
+    /// Writes a new life into a slot that the caller has just taken.
+    fn begin(&self, connection: &Connection, hash: u64, now: Tick) {
+        let Connection { key, task, task_port, mesh, backend, way } = connection;
+        let record = self.record;
+        let generation = record.word(word::STATE).wrapping_add(1 << 48) & State::GENERATION;
+        record.set(word::STATE, generation);
+        // Whoever reads one of the words below and then the state again sees that it changed.
+        fence(Ordering::Release);
+        let (ends, inside) = ([key.src, key.dst], [*mesh, *task]);
+        let is_v6 = key.is_v6();
+        if is_v6 && let Some(wide) = self.wide.get(self.id.0 as usize) {
+            wide.set(0, ends);
+            wide.set(4, inside);
+        }
+        let pair = |pair: [Address; 2]| {
+            let [one, other] = pair.map(|Address(address)| u64::from(address as u32));
+            one << 32 | other
+        };
+        record.set(word::ENDS, pair(ends));
+        record.set(word::INSIDE, pair(inside));
+        record.set(word::PORTS, ports(key, is_v6, *task_port));
+        let Sums { addresses, all } = Sums::of(connection, self.id.port());
+        let sums = u64::from(addresses) << 16 | u64::from(all);
+        record.set(word::BACKEND, u64::from(*backend) << 32 | sums);
+        record.set(word::STATION, station(way));
+        record.set(word::TAGS, tags(way));
+        record.set(word::HASH, hash);
+        let flags = if key.protocol == protocol::UDP { State::DATAGRAMS } else { 0 };
+        let state = State::LIVE | generation | flags | State::units(now);
+        record.0[word::STATE].store(state, Ordering::Release);
     }
 }
 
@@ -455,8 +531,20 @@ pub struct ToTask {
     pub task_port: u16,
     /// What changes in its checksums.
     pub sums: Sums,
-    /// Where answers go: interface and MAC address, as [`station`] gives them.
-    pub station: u64,
+    /// Where answers go, as [`station`] gives it.
+    station: u64,
+}
+
+impl ToTask {
+    /// Whether answers go to the station that sent this packet, by the interface that it came in by.
+    #[inline(always)]
+    pub fn is_way_of(&self, packet: &[u8], link: u8) -> bool {
+        // The source address, with the end of the destination's before it.
+        let station = packet.get(4..).and_then(|rest| rest.first_chunk());
+        station.is_some_and(|station| {
+            u64::from_le_bytes(*station) & !0xffff | u64::from(link) == self.station
+        })
+    }
 }
 
 /// What a task's packet becomes.
@@ -479,6 +567,13 @@ pub struct ToClient {
 struct Bucket([AtomicU32; LANES]);
 
 impl Bucket {
+    /// The slot that an entry names, if it has this tag.
+    #[inline(always)]
+    fn tagged(&self, lane: usize, tag: u32) -> Option<Id> {
+        let entry = self.0[lane].load(Ordering::Acquire);
+        ((entry ^ tag) & !ID_MASK == 0).then_some(Id(entry & ID_MASK))
+    }
+
     /// Which entries have this tag, a bit each.
     #[inline(always)]
     fn lanes(&self, tag: u32) -> u32 {
@@ -504,6 +599,7 @@ pub struct Slots {
     /// Copies of `taken`.
     mirrors: [OnceLock<&'static [AtomicU64]>; MAX_MIRRORS],
     records: &'static [Record],
+    wide: &'static [Wide],
     index: &'static [Bucket],
     /// Connections of each backend, by its slot.
     open: &'static [AtomicU32],
@@ -513,7 +609,7 @@ pub struct Slots {
 
 impl Slots {
     /// Free slots for so many mesh addresses, rounded up to a power of two of at most [`MAX_BANKS`], of the
-    /// ports within `ports`: some 8.5 MB for each address.
+    /// ports within `ports`: 5.3 MB for each address, and as much as 4.2 MB more once IPv6 is translated.
     ///
     /// # Errors
     /// If there is not enough memory.
@@ -529,10 +625,11 @@ impl Slots {
         let slots = banks.clamp(1, MAX_BANKS).next_power_of_two() * BANK;
         let (taken, _) = memory::zeroed(slots.div_ceil(WORD))?;
         let (records, _) = memory::zeroed(slots)?;
+        let wide = memory::untouched(slots)?;
         let (index, _) = memory::zeroed((4 * slots / LANES).max(2))?;
         let (open, _) = memory::zeroed(if cfg!(loom) { 4 } else { MAX_BACKENDS })?;
         let mirrors = [const { OnceLock::new() }; MAX_MIRRORS];
-        Ok(Self { taken, mirrors, records, index, open, timeouts, ports })
+        Ok(Self { taken, mirrors, records, wide, index, open, timeouts, ports })
     }
 
     /// Keeps a copy of which slots are in use in this memory too, a bit for each number. `false` if there are too
@@ -557,7 +654,7 @@ impl Slots {
         self.records.len() / BANK
     }
 
-    /// Memory that packets may read at any place, in bytes.
+    /// Memory that packets of IPv4 may read at any place, in bytes.
     pub fn bytes(&self) -> usize {
         size_of_val(self.records) + size_of_val(self.index)
     }
@@ -589,8 +686,10 @@ impl Slots {
 
     /// What a slot stands for.
     pub fn connection(&self, id: Id) -> Option<(State, Connection)> {
-        let record = self.record(id)?;
-        record.read(|state| Some((state, record.connection())))
+        let place = self.place(id)?;
+        let state = place.record.live()?;
+        let connection = place.connection();
+        place.record.lives_on(state).then_some((state, connection))
     }
 
     /// Time since a packet was noted, in milliseconds: up to a second more than since the last packet.
@@ -629,6 +728,11 @@ impl Slots {
     }
 
     #[inline(always)]
+    fn place(&self, id: Id) -> Option<Place<'_>> {
+        Some(Place { record: self.record(id)?, wide: self.wide, id })
+    }
+
+    #[inline(always)]
     fn buckets(&self, hash: u64) -> [usize; 2] {
         let mask = self.index.len() - 1;
         let [one, other] = [hash as usize & mask, (hash >> 20) as usize & mask];
@@ -642,6 +746,13 @@ impl Slots {
         (hash >> 32) as u32 & !ID_MASK
     }
 
+    /// Which entry of a bucket is tried first: at a quarter full, it is nearly always free, so that one is compared
+    /// and not eight.
+    #[inline(always)]
+    fn lane(hash: u64) -> usize {
+        (hash >> 40) as usize % LANES
+    }
+
     /// Begins to fetch what [`Self::find`] reads first.
     #[inline]
     pub fn prefetch(&self, hash: u64) {
@@ -652,16 +763,18 @@ impl Slots {
     #[inline(always)]
     pub fn likely(&self, hash: u64) -> Option<Id> {
         let bucket = &self.index[self.buckets(hash)[0]];
-        let lanes = bucket.lanes(Self::tag(hash));
-        (lanes != 0).then(|| bucket.id(lanes.trailing_zeros() as usize % LANES))
+        let tag = Self::tag(hash);
+        bucket.tagged(Self::lane(hash), tag).or_else(|| {
+            let lanes = bucket.lanes(tag);
+            (lanes != 0).then(|| bucket.id(lanes.trailing_zeros() as usize % LANES))
+        })
     }
 
-    /// Begins to fetch a slot.
+    /// Begins to fetch a slot, as far as IPv4 needs it.
     #[inline]
     pub fn prefetch_slot(&self, id: Id) {
         if let Some(record) = self.record(id) {
-            prefetch(&record.0[0]);
-            prefetch(&record.0[WORDS / 2]);
+            prefetch(record);
         }
     }
 
@@ -677,38 +790,40 @@ impl Slots {
     /// The slot that a client's packets have, and what they become. `likely` is looked at first.
     #[inline]
     pub fn find(&self, likely: Option<Id>, hash: u64, key: &FlowKey) -> Option<ToTask> {
-        let found = likely.and_then(|id| self.to_task(id, key));
+        let found = likely.and_then(|id| self.to_task(id, key, key.is_v6()));
         // It may also have come to be since it was looked for.
         found.or_else(|| self.find_any(hash, key))
     }
 
+    /// The same of IPv4, if it is in the slot that it most probably has: [`Self::find`] for nearly every packet.
+    #[inline(always)]
+    pub fn find_narrow(&self, likely: Option<Id>, key: &FlowKey) -> Option<ToTask> {
+        likely.and_then(|id| self.to_task(id, key, false))
+    }
+
     #[inline(never)]
     fn find_any(&self, hash: u64, key: &FlowKey) -> Option<ToTask> {
-        self.candidates(hash).find_map(|id| self.to_task(id, key))
+        self.candidates(hash).find_map(|id| self.to_task(id, key, key.is_v6()))
     }
 
     #[inline(always)]
-    fn to_task(&self, id: Id, key: &FlowKey) -> Option<ToTask> {
-        let record = self.record(id)?;
-        record.read(|state| {
-            (record.is_of(key) && !state.has(State::DETACHED)).then(|| ToTask {
-                id,
-                state,
-                backend: record.word(word::BACKEND) as u32,
-                mesh: record.address(word::MESH),
-                task: record.address(word::TASK),
-                task_port: record.word(word::PORTS) as u16,
-                sums: record.sums(),
-                station: record.word(word::STATION),
-            })
-        })
+    fn to_task(&self, id: Id, key: &FlowKey, is_v6: bool) -> Option<ToTask> {
+        let place = self.place(id)?;
+        let record = place.record;
+        let state = record.live()?;
+        let [mesh, task] = place.addresses(word::INSIDE, is_v6);
+        let (backend, sums) = record.backend();
+        let task_port = place.task_port();
+        let station = record.word(word::STATION);
+        let is_its =
+            place.is_of(key, is_v6) && !state.has(State::DETACHED) && record.lives_on(state);
+        is_its.then_some(ToTask { id, state, backend, mesh, task, task_port, sums, station })
     }
 
-    /// Sends answers another way from now on: the router next to us was replaced.
-    #[cold]
-    pub fn redirect(&self, to: &ToTask, way: &Way) {
-        if let Some(record) = self.record(to.id)
-            && to.state.is_same_life(record.state())
+    /// Sends answers another way from now on.
+    pub fn redirect(&self, (id, state): (Id, State), way: &Way) {
+        if let Some(record) = self.record(id)
+            && state.is_same_life(record.state())
         {
             record.set(word::STATION, station(way));
             record.set(word::TAGS, tags(way));
@@ -718,29 +833,37 @@ impl Slots {
     /// The backend of a slot, if it still lives the life that `state` is of.
     pub fn backend(&self, id: Id, state: State) -> Option<forwarding::Slot> {
         let record = self.record(id)?;
-        record.read(|now| state.is_same_life(now).then(|| record.word(word::BACKEND) as u32))
+        let backend = record.backend().0;
+        record.lives_on(state).then_some(backend)
     }
 
     /// What a task's packet becomes, if `answer`, which runs from the task to the mesh address, is of the
-    /// connection that this slot stands for.
-    #[inline]
-    pub fn to_client(&self, id: Id, answer: &FlowKey) -> Option<(State, ToClient)> {
-        let record = self.record(id)?;
-        record.read(|state| {
-            let key = record.key();
-            let is_its = record.address(word::TASK) == answer.src
-                && record.address(word::MESH) == answer.dst
-                && record.word(word::PORTS) as u16 == answer.src_port
-                && key.protocol == answer.protocol;
-            let (sums, way) = (record.sums().reversed(), record.way());
-            let backend = record.word(word::BACKEND) as u32;
-            is_its.then_some((state, ToClient { key, sums, backend, way }))
-        })
+    /// connection that this slot stands for, and of this family.
+    #[inline(always)]
+    pub fn to_client(&self, id: Id, answer: &FlowKey, is_v6: bool) -> Option<(State, ToClient)> {
+        let place = self.place(id)?;
+        let record = place.record;
+        let state = record.live()?;
+        let key = place.key(is_v6);
+        let is_its = place.is_v6() == is_v6
+            && place.addresses(word::INSIDE, is_v6) == [answer.dst, answer.src]
+            && place.task_port() == answer.src_port
+            && key.protocol == answer.protocol;
+        let (backend, sums) = record.backend();
+        let (sums, way) = (sums.reversed(), record.way());
+        (is_its && record.lives_on(state)).then_some((state, ToClient { key, sums, backend, way }))
     }
 
     /// Notes a packet. `state` is what the slot was found in.
-    #[inline]
+    #[inline(always)]
     pub fn touch(&self, id: Id, state: State, side: Side, flags: u8, now: Tick) {
+        if !state.is_settled(side, flags, now) {
+            self.touch_unsettled(id, state, side, flags, now);
+        }
+    }
+
+    #[inline(never)]
+    fn touch_unsettled(&self, id: Id, state: State, side: Side, flags: u8, now: Tick) {
         if state.after(side, flags, now) != state {
             self.note(id, state, |state| state.after(side, flags, now));
         }
@@ -777,18 +900,18 @@ impl Slots {
             .iter()
             .chain(before)
             .find_map(|mesh| self.take(mesh.bank, hash).map(|id| (id, mesh.address)))?;
-        let record = self.record(id)?;
+        let place = self.place(id)?;
         let connection = connection(address);
         if let Some(open) = self.open.get(connection.backend as usize) {
             open.fetch_add(1, Ordering::Relaxed);
         }
-        record.begin(&connection, id.port(), hash, now);
-        let state = record.state();
+        place.begin(&connection, hash, now);
+        let state = place.record.state();
         if !self.enter(id, hash) {
             self.close(id, state);
             return None;
         }
-        self.to_task(id, &connection.key)
+        self.to_task(id, &connection.key, connection.key.is_v6())
     }
 
     /// Takes any free slot of a bank.
@@ -830,7 +953,11 @@ impl Slots {
     /// Lets packets with this hash find the slot. `false` if there is no room.
     fn enter(&self, id: Id, hash: u64) -> bool {
         let entry = Self::tag(hash) | id.0;
-        let entries = self.buckets(hash).into_iter().flat_map(|at| &self.index[at].0);
+        let lanes = |at: usize| {
+            let (before, from) = self.index[at].0.split_at(Self::lane(hash));
+            from.iter().chain(before)
+        };
+        let entries = self.buckets(hash).into_iter().flat_map(lanes);
         let mut vacant = entries.filter(|entry| entry.load(Ordering::Relaxed) == 0);
         vacant.any(|vacant| {
             vacant.compare_exchange(0, entry, Ordering::Release, Ordering::Relaxed).is_ok()
@@ -847,19 +974,12 @@ impl Slots {
     /// Ends a slot's life, if that is still the one that `state` is of. Its port is free at once.
     fn close(&self, id: Id, state: State) {
         let Some(record) = self.record(id) else { return };
-        let mut seen = state;
-        let word = &record.0[word::STATE];
         // One worker wins.
-        loop {
-            let dead = seen.0 & State::GENERATION;
-            match word.compare_exchange(seen.0, dead, Ordering::AcqRel, Ordering::Relaxed) {
-                Ok(_) => break,
-                Err(other) if state.is_same_life(State(other)) => seen = State(other),
-                Err(_) => return,
-            }
+        if !self.note(id, state, |state| State(state.0 & State::GENERATION)) {
+            return;
         }
         self.leave(id, record.word(word::HASH));
-        if let Some(open) = self.open.get(record.word(word::BACKEND) as usize) {
+        if let Some(open) = self.open.get(record.backend().0 as usize) {
             open.fetch_sub(1, Ordering::Relaxed);
         }
         let (at, bit) = (id.0 as usize / WORD, id.0 as usize % WORD);
@@ -982,6 +1102,8 @@ fn visit(slots: &Slots, id: Id, now: Tick, each: &mut impl FnMut(Id, State)) {
 
 #[cfg(all(test, not(loom)))]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     /// A connection told apart by its number.
@@ -1004,6 +1126,35 @@ mod tests {
 
     const MESH: Mesh = Mesh { bank: 0, address: Address(5) };
 
+    proptest! {
+        #[test]
+        fn what_is_settled_would_change_nothing(
+            state: u64, flags: u8, by_task: bool, since in 0_u64..5000,
+        ) {
+            let side = if by_task { Side::Task } else { Side::Client };
+            let state = State(state);
+            let now = Tick(((state.0 & State::TIME) << TIME_SHIFT) + since);
+            if state.is_settled(side, flags, now) {
+                prop_assert_eq!(state.after(side, flags, now), state);
+            }
+        }
+    }
+
+    #[test]
+    fn the_packets_of_a_conversation_settle() {
+        let (syn, ack) = (tcp_flags::SYN, tcp_flags::ACK);
+        let mut state = State(State::LIVE);
+        for (side, flags) in [(Side::Client, syn), (Side::Task, syn | ack), (Side::Client, ack)] {
+            state = state.after(side, flags, Tick(0));
+        }
+        for side in [Side::Client, Side::Task] {
+            assert!(state.is_settled(side, ack, Tick(900)));
+            assert!(!state.is_settled(side, ack, Tick(1000)), "to be noted: it is not silent");
+            assert!(!state.is_settled(side, ack | tcp_flags::FIN, Tick(0)));
+            assert!(!state.is_settled(side, tcp_flags::RST, Tick(0)));
+        }
+    }
+
     #[test]
     fn every_port_of_the_range_can_be_used_and_no_other() {
         for ports in [1..=65_535, 1024..=1024, 1000..=1100, 64..=127, 65_535..=65_535] {
@@ -1022,6 +1173,41 @@ mod tests {
             assert!(missing <= ports.len() / 1000, "{missing} of {ports:?}");
             used.dedup();
             assert!(used.len() == slots.used(0) && used.iter().all(|port| ports.contains(port)));
+        }
+    }
+
+    #[test]
+    fn a_slot_gives_back_what_was_put_into_it_whatever_it_had_before() {
+        let slots = Slots::new(1, Timeouts::default(), 1024..=1024).unwrap();
+        let tags = [0x88a8_0007, 0x8100_0009];
+        let narrow = Connection {
+            way: Way { mac: MacAddr([2, 0, 0, 0, 0, 9]), link: 3, tags },
+            ..connection(1)
+        };
+        // Addresses that end as those do.
+        let wide = |Address(address)| Address(0x2001_0db8 << 96 | u128::from(address as u32));
+        let FlowKey { src, dst, .. } = narrow.key;
+        let wide = Connection {
+            key: FlowKey { src: wide(src), dst: wide(dst), ..narrow.key },
+            task: wide(narrow.task),
+            mesh: wide(narrow.mesh),
+            ..narrow
+        };
+        for (one, other) in [(narrow, wide), (wide, narrow), (narrow, wide)] {
+            let opened = slots.open(&[MESH], 7, Tick(0), |_| one).unwrap();
+            assert_eq!(slots.connection(opened.id), Some((opened.state, one)));
+            assert_eq!((opened.mesh, opened.task, opened.task_port), (one.mesh, one.task, 8080));
+            assert!(slots.find(None, 7, &one.key).is_some());
+            assert!(slots.find(None, 7, &other.key).is_none());
+            let answered = |Connection { key, task, mesh, task_port, .. }: Connection| {
+                let (src, dst, src_port, dst_port) = (task, mesh, task_port, 1024);
+                let answer = FlowKey { src, dst, src_port, dst_port, ..key };
+                slots.to_client(opened.id, &answer, answer.is_v6())
+            };
+            let (_, to) = answered(one).unwrap();
+            assert_eq!((to.key, to.way, to.backend), (one.key, one.way, one.backend));
+            assert!(answered(other).is_none());
+            slots.close(opened.id, opened.state);
         }
     }
 
@@ -1140,13 +1326,15 @@ mod loom_tests {
                     assert!(open(&slots, 2).is_some());
                 })
             };
-            // Any two words stand for all: each way that loads can go is tried.
-            let record = slots.record(id).unwrap();
-            let seen =
-                record.read(|_| Some([word::PORTS, word::BACKEND].map(|at| record.word(at))));
-            if let Some([ports, backend]) = seen {
+            // Any two words stand for all, one of each part: each way that loads can go is tried.
+            let place = slots.place(id).unwrap();
+            let wide = || place.wide[id.0 as usize].0[1].load(Ordering::Relaxed);
+            let seen = place.record.live().map(|state| (state, place.record.backend().0, wide()));
+            if let Some((state, backend, client)) = seen
+                && place.record.lives_on(state)
+            {
                 assert!((1..=2).contains(&backend), "{backend}");
-                assert_eq!(ports & !FLOW_PORTS, backend);
+                assert_eq!(client, u64::from(backend));
             }
             if let Some(backend) = slots.backend(id, state) {
                 assert_eq!(backend, 1, "the life that was asked for");

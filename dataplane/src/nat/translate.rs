@@ -7,7 +7,7 @@ use zerocopy::FromBytes;
 use super::{Sums, Way};
 use crate::{
     counters::DropReason,
-    flow::{Address, Flow, Kind, protocol, tcp_flags},
+    flow::{Address, Flow, protocol, tcp_flags},
     port::Frame,
     wire::{
         checksum::{self, Sum},
@@ -19,33 +19,64 @@ use crate::{
 /// An address and a port.
 pub type End = (Address, u16);
 
-/// Gives a packet of TCP or UDP another source and destination. `sums` is what changes by that.
+/// Gives a packet of TCP or UDP, of this family, another source and destination. `sums` is what changes by that.
 #[inline(always)]
-pub fn packet(frame: &mut Frame, flow: &Flow, src: End, dst: End, sums: Sums) {
-    let (ip_offset, l4_offset) = (usize::from(flow.ip_offset), usize::from(flow.l4_offset));
-    let (ip, l4) = frame.packet_mut()[ip_offset..].split_at_mut(l4_offset - ip_offset);
-    addresses(ip, src.0, dst.0, sums.addresses, flow.is_v6());
+pub fn packet(packet: &mut [u8], (flow, is_v6): (&Flow, bool), src: End, dst: End, sums: Sums) {
+    let ip = &mut packet[usize::from(flow.ip_offset)..];
+    let header_len = usize::from(flow.l4_offset - flow.ip_offset);
+    match ip.first_chunk_mut::<{ ipv4::LEN + tcp::LEN }>() {
+        // All offsets are constants, and no store needs a check.
+        Some(plain) if !is_v6 && header_len == ipv4::LEN => {
+            let (ip, l4) = plain.split_at_mut(ipv4::LEN);
+            headers((ip, l4), (flow, false), src, dst, sums);
+        }
+        _ => any_headers(ip.split_at_mut(header_len), flow, src, dst, sums),
+    }
+}
+
+#[inline(never)]
+fn any_headers(ip_l4: (&mut [u8], &mut [u8]), flow: &Flow, src: End, dst: End, sums: Sums) {
+    headers(ip_l4, (flow, flow.is_v6()), src, dst, sums);
+}
+
+#[inline(always)]
+fn headers(
+    (ip, l4): (&mut [u8], &mut [u8]),
+    (flow, is_v6): (&Flow, bool),
+    src: End,
+    dst: End,
+    sums: Sums,
+) {
+    addresses(ip, [src.0, dst.0], sums.addresses, is_v6);
     ports(l4, flow.protocol, [src.1, dst.1], sums.all);
 }
 
-/// Overwrites the addresses of an IP header and mends its checksum.
+/// Overwrites the addresses of an IP header, and mends the checksum that IPv4 has.
 #[inline(always)]
-fn addresses(ip: &mut [u8], src: Address, dst: Address, change: u16, v6: bool) {
+fn addresses(ip: &mut [u8], ends: [Address; 2], change: u16, v6: bool) {
+    put_addresses(ip, ends, v6);
+    if !v6 {
+        add(&mut ip[..ipv4::LEN], 10, change);
+    }
+}
+
+#[inline(always)]
+fn put_addresses(ip: &mut [u8], [src, dst]: [Address; 2], v6: bool) {
     if v6 {
+        let ip = &mut ip[..ipv6::LEN];
         ip[8..24].copy_from_slice(&src.0.to_be_bytes());
         ip[24..40].copy_from_slice(&dst.0.to_be_bytes());
     } else {
+        let ip = &mut ip[..ipv4::LEN];
         ip[12..16].copy_from_slice(&(src.0 as u32).to_be_bytes());
         ip[16..20].copy_from_slice(&(dst.0 as u32).to_be_bytes());
-        add(ip, 10, change);
     }
 }
 
 /// Overwrites the ports of a transport header and mends its checksum, as far as they are there.
 #[inline(always)]
 fn ports(l4: &mut [u8], transport: u8, [src, dst]: [u16; 2], change: u16) {
-    l4[..2].copy_from_slice(&src.to_be_bytes());
-    l4[2..4].copy_from_slice(&dst.to_be_bytes());
+    l4[..4].copy_from_slice(&(u32::from(src) << 16 | u32::from(dst)).to_be_bytes());
     if transport == protocol::TCP {
         if l4.len() >= 18 {
             add(l4, 16, change);
@@ -62,8 +93,7 @@ fn ports(l4: &mut [u8], transport: u8, [src, dst]: [u16; 2], change: u16) {
 #[inline(always)]
 fn add(bytes: &mut [u8], at: usize, change: u16) {
     let old = u16::from_be_bytes([bytes[at], bytes[at + 1]]);
-    let new = Sum::default().add_u16(!old).add_u16(change).checksum();
-    bytes[at..at + 2].copy_from_slice(&new.to_be_bytes());
+    bytes[at..at + 2].copy_from_slice(&checksum::shift(old, change).to_be_bytes());
 }
 
 /// Gives an ICMP error another source and destination, and the packet it quotes another `quoted` source and
@@ -95,16 +125,12 @@ pub fn icmp_error(
     let (header, quote) = message.split_at_mut(icmp::LEN);
     let l4 = quoted_transport(quote, flow.is_v6()).ok_or(DropReason::Truncated)?;
     let (quoted_ip, quoted_l4) = quote.split_at_mut(l4);
-    addresses(quoted_ip, quoted.0.0, quoted.1.0, sums.addresses, flow.is_v6());
+    addresses(quoted_ip, [quoted.0.0, quoted.1.0], sums.addresses, flow.is_v6());
     ports(quoted_l4, flow.key.protocol, [quoted.0.1, quoted.1.1], sums.all);
     header[2..4].fill(0);
-    if flow.is_v6() {
-        ip[8..24].copy_from_slice(&src.0.to_be_bytes());
-        ip[24..40].copy_from_slice(&dst.0.to_be_bytes());
-    } else {
-        ip[12..16].copy_from_slice(&(src.0 as u32).to_be_bytes());
-        ip[16..20].copy_from_slice(&(dst.0 as u32).to_be_bytes());
-        ipv4::seal(ip);
+    put_addresses(ip, [src, dst], flow.is_v6());
+    if !flow.is_v6() {
+        ipv4::seal(ip); // the source may be a router: its change is not known in advance
     }
     let checksum = pseudo(src, dst, message.len()).add_bytes(message).checksum();
     message[2..4].copy_from_slice(&checksum.to_be_bytes());
@@ -185,27 +211,55 @@ pub fn way_of(packet: &[u8], ip_offset: u16, link: u8) -> Way {
 /// # Errors
 /// If there is no room.
 #[inline(always)]
-pub fn send_by(frame: &mut Frame, flow: &Flow, way: &Way, own: MacAddr) -> Result<(), DropReason> {
-    let tags = way.tags.iter().filter(|tag| **tag != 0).count();
+pub fn send_by(
+    frame: &mut Frame,
+    (flow, is_v6): (&Flow, bool),
+    way: &Way,
+    own: MacAddr,
+) -> Result<(), DropReason> {
+    // Without tags, no store needs a check.
+    match way.tags {
+        [0, _] => write_header(frame, flow, is_v6, way, own, 0),
+        _ => write_tagged_header(frame, flow, is_v6, way, own),
+    }
+}
+
+#[inline(never)]
+fn write_tagged_header(
+    frame: &mut Frame,
+    flow: &Flow,
+    is_v6: bool,
+    way: &Way,
+    own: MacAddr,
+) -> Result<(), DropReason> {
+    let tags = if way.tags[1] == 0 { 1 } else { 2 };
+    write_header(frame, flow, is_v6, way, own, tags)
+}
+
+#[inline(always)]
+fn write_header(
+    frame: &mut Frame,
+    flow: &Flow,
+    is_v6: bool,
+    way: &Way,
+    own: MacAddr,
+    tags: usize,
+) -> Result<(), DropReason> {
     let len = ethernet::LEN + tags * ethernet::TAG_LEN;
     let ip_start = frame.start() + usize::from(flow.ip_offset);
     let start = ip_start.checked_sub(len).ok_or(DropReason::NoHeadroom)?;
-    let packet = frame.place(start, len + usize::from(flow.ip_len));
-    packet[..6].copy_from_slice(&way.mac.0);
-    packet[6..12].copy_from_slice(&own.0);
-    for (at, tag) in way.tags.iter().take(tags).enumerate() {
-        packet[12 + 4 * at..][..4].copy_from_slice(&tag.to_be_bytes());
+    let (header, _) = frame.place(start, len + usize::from(flow.ip_len)).split_at_mut(len);
+    header[..6].copy_from_slice(&way.mac.0);
+    header[6..12].copy_from_slice(&own.0);
+    for (place, tag) in header[12..].chunks_exact_mut(ethernet::TAG_LEN).zip(way.tags).take(tags) {
+        place.copy_from_slice(&tag.to_be_bytes());
     }
-    let ethertype = if flow.is_v6() { ethernet::IPV6 } else { ethernet::IPV4 };
-    packet[len - 2..len].copy_from_slice(&ethertype.to_be_bytes());
+    let ethertype = if is_v6 { ethernet::IPV6 } else { ethernet::IPV4 };
+    header[len - 2..].copy_from_slice(&ethertype.to_be_bytes());
     Ok(())
 }
 
-/// Whether an ICMP error's quote can be translated: TCP's or UDP's.
+/// Whether a packet can be translated, or what an ICMP error quotes: TCP's or UDP's.
 pub fn is_translatable(flow: &Flow) -> bool {
-    let transport = match flow.kind {
-        Kind::IcmpError => flow.key.protocol,
-        _ => flow.protocol,
-    };
-    transport == protocol::TCP || transport == protocol::UDP
+    [protocol::TCP, protocol::UDP].contains(&flow.key.protocol)
 }

@@ -87,6 +87,15 @@ pub fn pseudo_header_v6(src: [u8; 16], dst: [u8; 16], protocol: u8, len: u32) ->
     Sum::default().add_bytes(&src).add_bytes(&dst).add_u16(u16::from(protocol)).add_u32(len)
 }
 
+/// The checksum after the sum of what it covers has changed by `change`, RFC 1624 equation 3. As [`update`], never
+/// turns a right checksum into a wrong one.
+#[inline]
+#[must_use]
+pub fn shift(old_checksum: u16, change: u16) -> u16 {
+    let (sum, carry) = (!old_checksum).overflowing_add(change);
+    !(sum + u16::from(carry)) // after a carry there is room for it
+}
+
 /// The checksum after one of the words under it changed, RFC 1624 equation 3.
 ///
 /// Never turns a right checksum into a wrong one, unlike RFC 1141's; but sees only the word, so a
@@ -173,6 +182,12 @@ mod tests {
             // All words zero is the one sum that +0 has to itself, and no IP header adds up to it.
             prop_assume!(words.iter().any(|word| *word != 0));
             prop_assert_eq!(updated, sum(&words).checksum());
+        }
+
+        #[test]
+        fn a_shifted_checksum_is_the_one_that_is_folded(old: u16, change: u16) {
+            let folded = Sum::default().add_u16(!old).add_u16(change).checksum();
+            prop_assert_eq!(shift(old, change), folded);
         }
 
         #[test]

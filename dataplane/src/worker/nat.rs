@@ -14,25 +14,87 @@ use crate::{
     parse,
     port::{Frame, Frames, Pool},
     reply, select,
-    wire::{udp, vxlan},
+    wire::{ethernet, udp, vxlan},
 };
 
+/// What there is in a burst: a stage that has nothing to do is skipped.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Seen {
+    /// Packets of clients to translate.
+    questions: bool,
+    /// Packets out of tunnels.
+    answers: bool,
+    /// Packets to select a backend for.
+    others: bool,
+}
+
 impl<'a> Burst<'a> {
-    /// Says what is next for a packet that a backend would be selected for, if it is NAT's.
+    /// [`Burst::parse`] where tunnels end: takes packets out of them, and asks for slots instead of connections.
+    #[inline(never)]
+    fn parse_tunneled(&mut self, slots: &Slots, inbound: &mut Frames, packets: &mut [Packet]) {
+        // Behind a tunnel's headers the next cache line begins.
+        for frame in &*inbound {
+            frame.prefetch_at(parse::TUNNEL_LEN + ethernet::LEN);
+        }
+        let mut total = 0;
+        for (frame, packet) in inbound.iter_mut().zip(packets) {
+            let bytes = frame.packet();
+            total += bytes.len() as u64;
+            if let Some(tunnel) = parse::plain_tunnel(bytes, &mut packet.flow)
+                && self.forwarding.is_tunnel_port(tunnel.udp_port)
+                && self.link.accepts(bytes, Kind::Packet)
+            {
+                packet.outer = tunnel.src;
+                frame.set(frame.start() + parse::TUNNEL_LEN, tunnel.inner_len);
+                let next = self.inside(slots, frame, &packet.flow, (tunnel.vni, parse::TUNNEL_LEN));
+                packet.next = next.unwrap_or_else(Next::Drop);
+            } else if parse::plain_ipv4(bytes, &mut packet.flow) {
+                self.classify_nat(slots, frame, packet);
+            } else {
+                self.parse_any_tunneled(slots, frame, packet);
+            }
+        }
+        self.received(inbound, total);
+    }
+
+    /// Apart, so that the plain packets' way has the registers to itself.
+    #[inline(never)]
+    fn parse_any_tunneled(&mut self, slots: &Slots, frame: &mut Frame, packet: &mut Packet) {
+        match parse::any(frame.packet(), &mut packet.flow) {
+            Ok(()) => self.classify_nat(slots, frame, packet),
+            Err(reason) => packet.next = Next::Drop(reason),
+        }
+    }
+
+    /// Says what is next for a parsed packet.
+    #[inline(always)]
     fn classify_nat(&mut self, slots: &Slots, frame: &mut Frame, packet: &mut Packet) {
-        let Packet { flow, hash, next, .. } = packet;
+        if !self.is_to_be_forwarded(frame.packet(), packet) {
+            return;
+        }
+        let flow = &packet.flow;
         if flow.kind == Kind::Packet
             && flow.protocol == protocol::UDP
             && self.forwarding.is_tunnel_port(flow.key.dst_port)
         {
-            packet.next = match self.open_tunnel(slots, frame, packet) {
-                Ok(next) => next,
-                Err(reason) => Next::Drop(reason),
-            };
-        } else if let Some((service, ..)) = self.nat_service(&flow.key) {
-            slots.prefetch(*hash);
-            *next = Next::Translate(service, None);
+            let next = self.open_tunnel(slots, frame, packet);
+            packet.next = next.unwrap_or_else(Next::Drop);
+            return;
         }
+        packet.hash = flow.key.hash(&self.hash_key);
+        packet.next = match self.nat_service(&flow.key) {
+            Some((service, ..)) => {
+                self.seen.questions = true;
+                slots.prefetch(packet.hash);
+                frame.prefetch_front();
+                Next::Translate(service, None)
+            }
+            None => {
+                self.seen.others = true;
+                self.context.connections.prefetch(packet.hash);
+                Next::Select
+            }
+        };
     }
 
     /// The service of a client's packet, if it is translated, and its number.
@@ -43,9 +105,10 @@ impl<'a> Burst<'a> {
         Some((index, service, service.nat.as_deref()?))
     }
 
-    /// Takes the tunnel's headers off, and looks what is inside.
+    /// Takes the tunnel's headers off, whatever they are, and looks what is inside.
+    #[inline(never)]
     fn open_tunnel(
-        &self,
+        &mut self,
         slots: &Slots,
         frame: &mut Frame,
         packet: &mut Packet,
@@ -59,13 +122,23 @@ impl<'a> Burst<'a> {
         if header.flags & vxlan::VALID_VNI == 0 {
             return Err(DropReason::NatUnmatched);
         }
-        let (vni, outer_len) = (header.vni(), at + vxlan::LEN);
+        let (vni, len) = (header.vni(), at + vxlan::LEN);
         packet.outer = flow.key.src;
-        frame.shrink_front(outer_len);
-        if !parse::plain_ipv4(frame.packet(), &mut packet.flow) {
-            parse::any(frame.packet(), &mut packet.flow)?;
-        }
-        let flow = &packet.flow;
+        frame.shrink_front(len);
+        packet.flow = parse::flow(frame.packet())?;
+        self.inside(slots, frame, &packet.flow, (vni, len))
+    }
+
+    /// Says what is next for a packet that was in a tunnel of this network, behind headers of `outer_len` bytes.
+    #[inline(always)]
+    fn inside(
+        &mut self,
+        slots: &Slots,
+        frame: &mut Frame,
+        flow: &Flow,
+        (vni, outer_len): (u32, usize),
+    ) -> Result<Next, DropReason> {
+        self.seen.answers = true;
         let mesh = self.forwarding.mesh_at(vni, flow.key.dst);
         let (overlay, bank) = mesh.ok_or(DropReason::NatUnmatched)?;
         match flow.kind {
@@ -104,19 +177,28 @@ impl<'a> Burst<'a> {
         Ok(Next::Send(self.ingress))
     }
 
-    /// Takes what is NAT's out of its tunnel, and translates what has a slot or gets one.
-    #[inline(never)]
+    /// Parses a burst, and translates what is to be translated. Says whether there is more for a backend.
+    #[inline(always)]
     pub(super) fn translate(
         &mut self,
         slots: &Slots,
         inbound: &mut Frames,
         packets: &mut [Packet],
-    ) {
-        for (frame, packet) in inbound.iter_mut().zip(&mut *packets) {
-            if packet.next == Next::Select {
-                self.classify_nat(slots, frame, packet);
-            }
+    ) -> bool {
+        self.parse_tunneled(slots, inbound, packets);
+        let Seen { questions, answers, others } = self.seen;
+        if questions {
+            self.translate_questions(slots, inbound, packets);
         }
+        if answers {
+            self.translate_answers(slots, inbound, packets);
+        }
+        others
+    }
+
+    /// Translates what clients have sent and has a slot or gets one.
+    #[inline(never)]
+    fn translate_questions(&mut self, slots: &Slots, inbound: &mut Frames, packets: &mut [Packet]) {
         for packet in &mut *packets {
             if let Next::Translate(_, likely) = &mut packet.next {
                 *likely = slots.likely(packet.hash);
@@ -124,55 +206,123 @@ impl<'a> Burst<'a> {
             }
         }
         for (frame, packet) in inbound.iter_mut().zip(packets) {
-            let next = match packet.next {
-                Next::Translate(service, likely) => {
-                    self.toward_task(slots, frame, packet, (service, likely))
-                }
-                Next::Return(id) => self.toward_client(slots, id, frame, packet),
-                _ => continue,
-            };
-            packet.next = next.unwrap_or_else(Next::Drop);
+            if let Next::Translate(service, likely) = packet.next
+                && let Err(reason) = self.toward_task(slots, frame, packet, (service, likely))
+            {
+                packet.next = Next::Drop(reason);
+            }
+        }
+    }
+
+    /// Translates what tasks have sent.
+    #[inline(never)]
+    fn translate_answers(&self, slots: &Slots, inbound: &mut Frames, packets: &mut [Packet]) {
+        for (frame, packet) in inbound.iter_mut().zip(packets) {
+            if let Next::Return(id) = packet.next {
+                let port = match packet.flow.is_v6() {
+                    false => self.toward_client((slots, id), frame, packet, false),
+                    true => self.toward_wide_client(slots, id, frame, packet),
+                };
+                packet.next = port.map_or_else(Next::Drop, Next::Send);
+            }
         }
     }
 
     /// A client's packet becomes one to its task.
-    #[inline]
+    ///
+    /// Nearly every packet is of IPv4, has a slot, and fits. Others take a way of their own, so that these have the
+    /// registers to themselves: 87 instructions less. What is translated here is wrapped at once, since what that
+    /// takes is at hand.
+    #[inline(always)]
     fn toward_task(
         &mut self,
         slots: &Slots,
         frame: &mut Frame,
         packet: &mut Packet,
         (service, likely): (u32, Option<Id>),
-    ) -> Result<Next, DropReason> {
+    ) -> Result<(), DropReason> {
+        self.complete(frame, packet);
+        let flow = &packet.flow;
+        if flow.kind == Kind::Packet
+            && !flow.is_syn()
+            && let Some(to) = slots.find_narrow(likely, &flow.key)
+            && let Some((backend, port)) = self.reach(to.backend)
+            && backend.service == service
+            && flow.ip_len <= backend.mtu
+        {
+            self.context.counters.count(Event::ConnectionHits, 1);
+            self.rewrite(slots, frame, (flow, false), &to);
+            self.wrap(frame, packet, to.backend, (backend, port));
+            return Ok(());
+        }
+        self.toward_any_task(slots, frame, packet, (service, likely))
+    }
+
+    /// [`Self::toward_task`], whatever the packet is.
+    #[inline(never)]
+    fn toward_any_task(
+        &mut self,
+        slots: &Slots,
+        frame: &mut Frame,
+        packet: &mut Packet,
+        (service, likely): (u32, Option<Id>),
+    ) -> Result<(), DropReason> {
         let flow = &packet.flow;
         if flow.kind == Kind::IcmpError {
             return self.error_to_task(slots, frame, packet);
         }
-        self.complete(frame, packet);
         let found = slots.find(likely, packet.hash, &flow.key);
         let (to, backend) = match self.good_for(slots, packet, service, found) {
             Ok(Some(good)) => good,
             Ok(None) => self.open(slots, frame, packet)?,
-            Err(reason) => return Ok(Next::Refuse(reason)),
+            Err(reason) => {
+                packet.next = Next::Refuse(reason);
+                return Ok(());
+            }
         };
         if flow.ip_len > backend.mtu && !fragment::can_cut(flow, backend.mtu) {
-            return Ok(Next::Shrink(to.backend));
+            packet.next = Next::Shrink(to.backend);
+            return Ok(());
         }
-        // The station that sent it, and the interface: answers go there.
-        let station = frame.packet().get(4..).and_then(|rest| rest.first_chunk());
-        let station = u64::from_be_bytes(*station.ok_or(DropReason::Truncated)?) & (!0 >> 16);
-        if to.station != station | u64::from(self.link_index) << 48 {
-            let way = translate::way_of(frame.packet(), flow.ip_offset, self.link_index);
-            slots.redirect(&to, &way);
-        }
-        let (src, dst) = ((to.mesh, to.id.port()), (to.task, to.task_port));
-        translate::packet(frame, flow, src, dst, to.sums);
+        self.rewrite(slots, frame, (flow, flow.is_v6()), &to);
         if flow.is_syn() {
             translate::clamp_mss(frame, flow, backend.mtu);
         }
+        self.wrap_translated(frame, packet, to.backend, backend);
+        Ok(())
+    }
+
+    /// Wraps what was translated for the task in this slot, if it fits.
+    fn wrap_translated(
+        &self,
+        frame: &mut Frame,
+        packet: &mut Packet,
+        slot: forwarding::Slot,
+        backend: &Backend,
+    ) {
+        match self.reach(slot) {
+            _ if packet.flow.ip_len > backend.mtu => packet.next = Next::Shrink(slot),
+            Some(reached) => self.wrap(frame, packet, slot, reached),
+            None => packet.next = Next::Drop(DropReason::NextHopUnresolved),
+        }
+    }
+
+    /// Gives a client's packet the addresses and ports of its slot, and notes it there.
+    #[inline(always)]
+    fn rewrite(&self, slots: &Slots, frame: &mut Frame, (flow, is_v6): (&Flow, bool), to: &ToTask) {
+        let packet = frame.packet_mut();
+        if !to.is_way_of(packet, self.link_index) {
+            self.redirect(slots, (to.id, to.state), packet, flow);
+        }
+        let (src, dst) = ((to.mesh, to.id.port()), (to.task, to.task_port));
+        translate::packet(packet, (flow, is_v6), src, dst, to.sums);
         slots.touch(to.id, to.state, Side::Client, flow.tcp_flags, self.context.now());
-        let fits = flow.ip_len <= backend.mtu;
-        Ok(if fits { Next::Wrap(to.backend) } else { Next::Shrink(to.backend) })
+    }
+
+    /// Answers leave by the way that this packet came, from now on: the router next to us was replaced.
+    #[cold]
+    fn redirect(&self, slots: &Slots, slot: (Id, State), packet: &[u8], flow: &Flow) {
+        slots.redirect(slot, &translate::way_of(packet, flow.ip_offset, self.link_index));
     }
 
     /// Completes a checksum that the sender left to its network card: what is known of it is of the packet as
@@ -208,7 +358,6 @@ impl<'a> Burst<'a> {
             // TCP waits for a task's return and retransmits; datagrams would be lost.
             Some(backend) if is_datagram && !backend.reachable => {}
             Some(backend) => {
-                backend.template.prefetch();
                 self.context.counters.count(Event::ConnectionHits, 1);
                 return Ok(Some((to, backend)));
             }
@@ -268,7 +417,7 @@ impl<'a> Burst<'a> {
         slots: &Slots,
         frame: &mut Frame,
         packet: &mut Packet,
-    ) -> Result<Next, DropReason> {
+    ) -> Result<(), DropReason> {
         let Packet { flow, hash, .. } = packet;
         let to = slots.find(slots.likely(*hash), *hash, &flow.key);
         let to = to.ok_or(DropReason::IcmpUnmatched)?;
@@ -276,21 +425,34 @@ impl<'a> Burst<'a> {
         translate::icmp_error(frame, flow, (to.mesh, to.task), quoted, to.sums)?;
         self.context.counters.count(Event::IcmpErrorsForwarded, 1);
         let backend = self.forwarding.backend(to.backend).ok_or(DropReason::NoBackend)?;
-        let fits = flow.ip_len <= backend.mtu;
-        Ok(if fits { Next::Wrap(to.backend) } else { Next::Shrink(to.backend) })
+        self.wrap_translated(frame, packet, to.backend, backend);
+        Ok(())
     }
 
-    /// What a task sent becomes what the VIP says.
-    #[inline]
-    fn toward_client(
-        &mut self,
+    /// [`Self::toward_client`] for IPv6. Apart, so that IPv4 has the registers to itself.
+    #[inline(never)]
+    fn toward_wide_client(
+        &self,
         slots: &Slots,
         id: Id,
         frame: &mut Frame,
-        packet: &mut Packet,
-    ) -> Result<Next, DropReason> {
+        packet: &Packet,
+    ) -> Result<u32, DropReason> {
+        self.toward_client((slots, id), frame, packet, true)
+    }
+
+    /// What a task sent, of this family, becomes what the VIP says. Returns the port that it leaves by.
+    #[inline(always)]
+    fn toward_client(
+        &self,
+        (slots, id): (&Slots, Id),
+        frame: &mut Frame,
+        packet: &Packet,
+        is_v6: bool,
+    ) -> Result<u32, DropReason> {
+        self.complete(frame, packet);
         let flow = &packet.flow;
-        let (state, to) = slots.to_client(id, &flow.key).ok_or(DropReason::NatUnmatched)?;
+        let (state, to) = slots.to_client(id, &flow.key, is_v6).ok_or(DropReason::NatUnmatched)?;
         let backend = self.forwarding.backend(to.backend).ok_or(DropReason::NoBackend)?;
         if backend.template.far_end() != packet.outer {
             return Err(DropReason::SpoofedTunnel);
@@ -301,8 +463,7 @@ impl<'a> Burst<'a> {
             translate::icmp_error(frame, flow, (vip.0, client.0), quoted, to.sums)?;
             self.context.counters.count(Event::IcmpErrorsForwarded, 1);
         } else {
-            self.complete(frame, packet);
-            translate::packet(frame, flow, vip, client, to.sums);
+            translate::packet(frame.packet_mut(), (flow, is_v6), vip, client, to.sums);
             if flow.tcp_flags & tcp_flags::SYN != 0 {
                 translate::clamp_mss(frame, flow, backend.mtu);
             }
@@ -314,9 +475,9 @@ impl<'a> Burst<'a> {
             return Err(DropReason::NextHopUnresolved);
         }
         let own = self.forwarding.link(link).mac;
-        translate::send_by(frame, flow, &to.way, own)?;
+        translate::send_by(frame, (flow, is_v6), &to.way, own)?;
         self.context.counters.count(Event::NatReplies, 1);
-        Ok(Next::Send(port))
+        Ok(port)
     }
 
     /// Tells the sender that there is no such connection. A reset is no longer than its cause, and as many clients

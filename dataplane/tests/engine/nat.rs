@@ -356,7 +356,6 @@ impl World {
             vni,
             udp_port: 4789,
             mac: MacAddr(MESH_MAC),
-            mtu: MTU,
             mesh: vec![Mesh { bank, address: ip(address).into() }],
         };
         let common = Common {
@@ -1118,6 +1117,40 @@ fn what_a_tunnel_brings_that_is_none_of_ours_is_dropped() {
     let dropped: u64 = node.drops().values().sum();
     assert_eq!(dropped - before, (good.len() - 14 + 1) as u64);
     node.toward_client(slot, &tcp(task(slot, false), mesh, ACK));
+}
+
+#[test]
+fn a_tunnel_is_opened_whatever_its_headers_look_like() {
+    let mut node = Node::new(&World::new(&[1]));
+    let (slot, mesh) = node.connect(client(40_000), at(VIP));
+    let plain = tcp(task(slot, false), mesh, ACK).with_payload(40).by_task(slot);
+    let expected = node.send(&plain);
+    assert_eq!(expected.len(), 1);
+    let changed = |at: usize, byte: u8| {
+        let mut frame = plain.clone();
+        frame[at] = byte;
+        frame
+    };
+    let longer = (plain.len() - 14 + 4) as u16;
+    let mut with_option = changed(14, 0x46);
+    with_option[16..18].copy_from_slice(&longer.to_be_bytes());
+    with_option.splice(34..34, [1; 4]);
+    let padded = [&plain[..], &[0xee; 20]].concat();
+    let reserved_bits = changed(42, 0xff);
+    for frame in [with_option, padded, reserved_bits, tag(&plain, &[5]), tag(&plain, &[5, 6])] {
+        assert_eq!(node.send(&frame), expected);
+    }
+    assert_eq!(node.drops(), BTreeMap::new());
+    // For another station, of another kind, to another port.
+    for (frame, reason) in [
+        (changed(5, 0x99), "not_for_us"),
+        (changed(20, 0x20), "fragment"),
+        (changed(36, 0x99), "no_service"),
+        (changed(42, 0xf7), "nat_unmatched"),
+    ] {
+        assert!(node.send(&frame).is_empty());
+        assert_eq!(node.drops().get(reason), Some(&1), "{reason}");
+    }
 }
 
 /// What happens in a random life of a node.
