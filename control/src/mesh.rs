@@ -14,13 +14,17 @@ use std::{
     time::Duration,
 };
 
-use dataplane::wire::ethernet::MacAddr;
+use dataplane::wire::{ethernet::MacAddr, vxlan};
 use etherparse::{ArpEthIpv4Packet, ArpOperation, ArpPacket, PacketBuilder};
 use socket2::{Domain, Socket, Type};
 use tokio::{net::UdpSocket, sync::watch, time};
 use tracing::debug;
+use zerocopy::IntoBytes;
 
-use crate::desired::{Desired, Mode};
+use crate::{
+    desired::{Desired, Mode},
+    watching,
+};
 
 /// How often everything is taught again: well before a device's 300 s or a kernel's 60 s have passed.
 const AGAIN: Duration = Duration::from_secs(30);
@@ -47,8 +51,7 @@ struct Lesson {
 impl Lesson {
     /// What goes into the tunnel: who has the task's address, tell the mesh address.
     fn packet(&self) -> Vec<u8> {
-        // RFC 7348 section 5: the I flag, and the VNI before the last reserved byte.
-        let mut packet = [0x0800_0000, self.vni << 8].map(u32::to_be_bytes).concat();
+        let mut packet = vxlan::Header::new(self.vni).as_bytes().to_vec();
         let ((task, task_mac), (mesh, mesh_mac)) = (self.task, self.mesh);
         let question = ArpEthIpv4Packet {
             operation: ArpOperation::REQUEST,
@@ -107,12 +110,7 @@ impl Teacher {
 
     /// Says what is wanted, from now on. `own` are this node's addresses.
     pub fn want(&self, desired: &Desired, own: &[IpAddr]) {
-        let lessons = lessons(desired, own, self.has_home);
-        self.wanted.send_if_modified(|wanted| {
-            let changed = *wanted != lessons;
-            *wanted = lessons;
-            changed
-        });
+        watching::tell(&self.wanted, lessons(desired, own, self.has_home));
     }
 }
 
