@@ -12,6 +12,7 @@ pub mod explain;
 pub mod filter;
 pub mod health;
 pub mod link;
+pub mod liveness;
 pub mod local;
 pub mod mesh;
 pub mod next_hop;
