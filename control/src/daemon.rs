@@ -51,7 +51,7 @@ use crate::{
     liveness::{self, Liveness, Standings},
     local::{FAR_ADDRESS, Limits, LocalClients, LocalLink, LocalLinkError, NODE_ADDRESS, Refused},
     mesh::Teacher,
-    next_hop::{Hops, NextHopError, NextHops},
+    next_hop::{HopState, Hops, NextHopError, NextHops},
     plan::{Inputs, Interface, Placement, Plan, PlanError, Planner, Settings, Steering, health_of},
     source::{
         api::{Store, StoreError},
@@ -555,7 +555,9 @@ impl Daemon {
 
     /// Teaches backends where this node's mesh addresses live. Once XDP steers what they send there.
     fn teach(&self) {
-        self.teacher.want(&self.config.desired, &self.addresses);
+        let is_lost = |hop: &HopState| matches!(hop, HopState::Unresolved { .. });
+        let lost = self.hops.iter().filter(|(_, hop)| is_lost(hop)).map(|(vtep, _)| *vtep);
+        self.teacher.want(&self.config.desired, &self.addresses, &lost.collect());
     }
 
     /// What is thought of backends has changed.
@@ -602,8 +604,9 @@ impl Daemon {
         if !complete || self.vteps.iter().all(|vtep| hops.get(vtep) == self.hops.get(vtep)) {
             return;
         }
-        if let Err(refused) = self.replan(hops).await {
-            log_refused("next hops", &refused);
+        match self.replan(hops).await {
+            Ok(()) => self.teach(),
+            Err(refused) => log_refused("next hops", &refused),
         }
     }
 
