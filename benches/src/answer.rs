@@ -5,6 +5,7 @@ use dataplane::{
     wire::{ethernet, ipv4, udp, vxlan},
 };
 use etherparse::PacketBuilder;
+use zerocopy::IntoBytes;
 
 use crate::{
     packet::{GATEWAY, Packet},
@@ -44,13 +45,12 @@ impl Answers {
             .ack(1)
             .write(&mut inner, &payload)
             .expect("a benchmark's packet fits an IP packet");
-        let [_, vni @ ..] = VNI.to_be_bytes();
-        let header = [&[vxlan::VALID_VNI, 0, 0, 0][..], &vni, &[0]].concat();
+        let header = vxlan::Header::new(VNI);
         let mut bytes = Vec::new();
         PacketBuilder::ethernet2([2, 0, 0, 0, 0, 3], GATEWAY.0)
             .ipv4([0; 4], VTEP, 64)
             .udp(50_000, vxlan::PORT)
-            .write(&mut bytes, &[header, inner].concat())
+            .write(&mut bytes, &[header.as_bytes(), &inner].concat())
             .expect("and so does its tunnel's");
         Self { bytes, known }
     }

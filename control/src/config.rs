@@ -17,6 +17,7 @@ use std::{
     fs, io,
     net::{IpAddr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use dataplane::{
@@ -55,6 +56,8 @@ pub struct Config {
     pub maglev: Maglev,
     /// What is refused beyond.
     pub limits: Limits,
+    /// Whether the nodes that tunnels lead to are pinged, and how.
+    pub liveness: Liveness,
     /// Who else says what is wanted.
     pub source: Sources,
     /// Next hops that the kernel need not be asked for.
@@ -327,6 +330,17 @@ pub struct Limits {
     pub local_clients: u32,
 }
 
+/// `[liveness]`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Liveness {
+    /// Whether nodes are pinged at all.
+    pub enabled: bool,
+    /// From one ping to a node to the next.
+    pub interval_ms: u32,
+    /// Unanswered pings in a row that make a node silent.
+    pub fall: u32,
+}
+
 /// `[source]`
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sources {
@@ -581,6 +595,20 @@ impl Limits {
     }
 }
 
+impl Default for Liveness {
+    fn default() -> Self {
+        // The last of three pings gets its interval too: within 800 ms, whenever a node goes silent.
+        Self { enabled: true, interval_ms: 200, fall: 3 }
+    }
+}
+
+impl Liveness {
+    /// From one ping to a node to the next.
+    pub fn interval(&self) -> Duration {
+        Duration::from_millis(self.interval_ms.into())
+    }
+}
+
 /// More than the running process has room for.
 #[derive(Debug, thiserror::Error)]
 #[error(
@@ -614,6 +642,7 @@ impl Config {
         let nat = settings::nat(&written.nat, report);
         let maglev = settings::maglev(&written.maglev, report);
         let limits = settings::limits(&written.limits, report);
+        let liveness = settings::liveness(&written.liveness, report);
         let source = sources::sources(&written.source, &api, report);
         let next_hops = services::next_hops(&written.next_hop, report);
         let vteps = settings::vteps(&node, &written.node);
@@ -621,11 +650,23 @@ impl Config {
         let services =
             services::services(&written.service, &overlays, vteps, &maglev, &limits, report);
         let desired = Desired { services, overlays };
-        Self { node, api, dataplane, connections, nat, maglev, limits, source, next_hops, desired }
+        Self {
+            node,
+            api,
+            dataplane,
+            connections,
+            nat,
+            maglev,
+            limits,
+            liveness,
+            source,
+            next_hops,
+            desired,
+        }
     }
 
     /// The keys that differ in `new` and that a running process cannot change. The rest (services,
-    /// overlays, next hops, and whether ARP is answered) is part of every snapshot and changes with it.
+    /// overlays, next hops, pings, and whether ARP is answered) is part of every snapshot and changes with it.
     pub fn restart_needed(&self, new: &Self) -> Vec<&'static str> {
         let mut keys = Vec::new();
         // Takes each table apart without `..`, so that a new key does not compile until it is

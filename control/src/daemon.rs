@@ -48,9 +48,10 @@ use crate::{
     desired::{Conflict, Desired, Overlay, Service, TunnelEnds, Vip, join},
     health::{Checks, Home, Verdict, Verdicts},
     link::{self, LinkError},
+    liveness::{self, Liveness, Standings},
     local::{FAR_ADDRESS, Limits, LocalClients, LocalLink, LocalLinkError, NODE_ADDRESS, Refused},
     mesh::Teacher,
-    next_hop::{Hops, NextHopError, NextHops},
+    next_hop::{HopState, Hops, NextHopError, NextHops},
     plan::{Inputs, Interface, Placement, Plan, PlanError, Planner, Settings, Steering, health_of},
     source::{
         api::{Store, StoreError},
@@ -135,6 +136,9 @@ pub enum RunError {
     /// The thread that checks backends.
     #[error("health checks can't be started")]
     Health(#[source] io::Error),
+    /// The thread that pings nodes.
+    #[error("nodes can't be pinged")]
+    Liveness(#[source] io::Error),
     /// The thread for clients on this node.
     #[error("clients on this node can't be served")]
     LocalClients(#[source] io::Error),
@@ -185,6 +189,7 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(RunError::Signal)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Signal)?;
     let mut hops = daemon.next_hops.subscribe();
+    let mut standings = daemon.standings.clone();
     let mut verdicts = daemon.checks.subscribe();
     let mut local_refused = daemon.local_refused.clone();
     let mut swarm_states = swarm.as_ref().map(Swarm::subscribe);
@@ -207,10 +212,8 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
                 daemon.show(&shown);
                 let _ = wanted.outcome.send(outcome);
             }
-            Ok(()) = hops.changed() => {
-                let hops = hops.borrow_and_update().clone();
-                daemon.rehop(hops).await;
-            }
+            Ok(()) = hops.changed() => daemon.rehop().await,
+            Ok(()) = standings.changed() => daemon.rehop().await,
             Some(state) = newest(&mut swarm_states) => daemon.follow_swarm(state).await,
             Ok(()) = verdicts.changed() => daemon.rejudge().await,
             // To be shown.
@@ -280,6 +283,10 @@ struct Daemon {
     tunnel_ends: TunnelEnds,
     /// Whose ways are followed.
     vteps: BTreeSet<IpAddr>,
+    liveness: Liveness,
+    /// What that says of them.
+    standings: watch::Receiver<Standings>,
+    /// What is planned by.
     hops: Hops,
     checks: Checks,
     teacher: Teacher,
@@ -349,13 +356,16 @@ impl Daemon {
         // Where we are now, off the workers' cores.
         let limit = config.limits.health_checks as usize;
         let checks = Checks::start(limit).map_err(RunError::Health)?;
+        let from = config.node.vteps();
+        let liveness = Liveness::start(config.liveness, &from, next_hops.subscribe());
+        let liveness = liveness.map_err(RunError::Liveness)?;
         let local_clients =
             local_link.as_ref().map(|_| LocalClients::start(client_limits(&config)));
         let local_clients = local_clients.transpose().map_err(RunError::LocalClients)?;
         let nothing = || watch::channel(Refused::default()).1;
         let local_refused = local_clients.as_ref().map_or_else(nothing, LocalClients::refused);
         let home = local_link.as_ref().map(|_| FAR_ADDRESS);
-        let teacher = Teacher::start(config.node.vteps(), home);
+        let teacher = Teacher::start(from, home);
         let generation = publisher.generation();
         let mut daemon = Self {
             placed: config.desired.clone(),
@@ -367,6 +377,8 @@ impl Daemon {
             next_hops,
             tunnel_ends,
             vteps,
+            standings: liveness.subscribe(),
+            liveness,
             hops,
             checks,
             teacher,
@@ -421,6 +433,7 @@ impl Daemon {
         let mut next = self.config.clone();
         next.next_hops = config.next_hops;
         next.node.answer_arp = config.node.answer_arp;
+        next.liveness = config.liveness;
         let Desired { services: file, overlays } = config.desired;
         let wanted = Wanted { file, overlays, ..self.wanted.clone() };
         // The file goes first: what it wants now may be in the way of the swarm's.
@@ -482,6 +495,7 @@ impl Daemon {
                 );
             }
             (self.wanted, self.vteps) = (wanted, vteps);
+            self.liveness.set(self.config.liveness);
             self.check();
             self.teach();
         }
@@ -497,8 +511,8 @@ impl Daemon {
             self.next_hops.want(&(&self.vteps | vteps));
             self.next_hops.settled(SETTLE_TIMEOUT).await;
         }
-        let hops = self.next_hops.subscribe().borrow().clone();
         let before = std::mem::replace(&mut self.config, next);
+        let hops = self.known_hops();
         let Err(refused) = self.replan(hops.clone()).await else { return Ok(()) };
         self.config = before;
         let sentence = causes::line(causes::of(&refused));
@@ -541,7 +555,9 @@ impl Daemon {
 
     /// Teaches backends where this node's mesh addresses live. Once XDP steers what they send there.
     fn teach(&self) {
-        self.teacher.want(&self.config.desired, &self.addresses);
+        let is_lost = |hop: &HopState| matches!(hop, HopState::Unresolved { .. });
+        let lost = self.hops.iter().filter(|(_, hop)| is_lost(hop)).map(|(vtep, _)| *vtep);
+        self.teacher.want(&self.config.desired, &self.addresses, &lost.collect());
     }
 
     /// What is thought of backends has changed.
@@ -572,15 +588,25 @@ impl Daemon {
         self.backends = placed.map(rejudge).collect();
     }
 
-    /// Next hops have changed.
-    async fn rehop(&mut self, hops: Hops) {
+    /// The ways to VTEPs: the kernel's, but to those that are silent. Those that the operator has told are not
+    /// judged by pings, which go by the kernel's.
+    fn known_hops(&self) -> Hops {
+        let told = |vtep| self.config.next_hops.iter().any(|hop| hop.vtep == vtep);
+        let (hops, standings) = (self.next_hops.subscribe(), self.standings.borrow());
+        liveness::over(&standings, &hops.borrow(), |vtep| !told(vtep))
+    }
+
+    /// Next hops, or who is silent, have changed.
+    async fn rehop(&mut self) {
+        let hops = self.known_hops();
         // One made before all were wanted would take those out of service that it lacks.
         let complete = self.vteps.iter().all(|vtep| hops.contains_key(vtep));
         if !complete || self.vteps.iter().all(|vtep| hops.get(vtep) == self.hops.get(vtep)) {
             return;
         }
-        if let Err(refused) = self.replan(hops).await {
-            log_refused("next hops", &refused);
+        match self.replan(hops).await {
+            Ok(()) => self.teach(),
+            Err(refused) => log_refused("next hops", &refused),
         }
     }
 

@@ -14,13 +14,17 @@ use std::{
     time::Duration,
 };
 
-use dataplane::wire::ethernet::MacAddr;
+use dataplane::wire::{ethernet::MacAddr, vxlan};
 use etherparse::{ArpEthIpv4Packet, ArpOperation, ArpPacket, PacketBuilder};
 use socket2::{Domain, Socket, Type};
 use tokio::{net::UdpSocket, sync::watch, time};
 use tracing::debug;
+use zerocopy::IntoBytes;
 
-use crate::desired::{Desired, Mode};
+use crate::{
+    desired::{Desired, Mode},
+    watching,
+};
 
 /// How often everything is taught again: well before a device's 300 s or a kernel's 60 s have passed.
 const AGAIN: Duration = Duration::from_secs(30);
@@ -47,8 +51,7 @@ struct Lesson {
 impl Lesson {
     /// What goes into the tunnel: who has the task's address, tell the mesh address.
     fn packet(&self) -> Vec<u8> {
-        // RFC 7348 section 5: the I flag, and the VNI before the last reserved byte.
-        let mut packet = [0x0800_0000, self.vni << 8].map(u32::to_be_bytes).concat();
+        let mut packet = vxlan::Header::new(self.vni).as_bytes().to_vec();
         let ((task, task_mac), (mesh, mesh_mac)) = (self.task, self.mesh);
         let question = ArpEthIpv4Packet {
             operation: ArpOperation::REQUEST,
@@ -65,15 +68,20 @@ impl Lesson {
     }
 }
 
-/// All that is to be taught. `home` is whether there is a way to what runs on this very node.
-fn lessons(desired: &Desired, own: &[IpAddr], has_home: bool) -> BTreeSet<Lesson> {
+/// All that is to be taught. `home` is whether there is a way to what runs on this very node. Who is `lost` hears
+/// nothing, and may forget: when it is back, what it is to learn is new.
+fn lessons(
+    desired: &Desired,
+    (own, lost): (&[IpAddr], &BTreeSet<IpAddr>),
+    has_home: bool,
+) -> BTreeSet<Lesson> {
     let mut all = BTreeSet::new();
     for (service, backend) in desired.backends() {
         if service.mode != Mode::Nat {
             continue;
         }
         let home = own.contains(&backend.vtep);
-        if home && !has_home {
+        if (home && !has_home) || lost.contains(&backend.vtep) {
             continue;
         }
         let Some(IpAddr::V4(task)) = backend.address else { continue };
@@ -108,14 +116,10 @@ impl Teacher {
         Self { wanted, has_home: home.is_some() }
     }
 
-    /// Says what is wanted, from now on. `own` are this node's addresses.
-    pub fn want(&self, desired: &Desired, own: &[IpAddr]) {
-        let lessons = lessons(desired, own, self.has_home);
-        self.wanted.send_if_modified(|wanted| {
-            let changed = *wanted != lessons;
-            *wanted = lessons;
-            changed
-        });
+    /// Says what is wanted, from now on. `own` are this node's addresses, `lost` the tunnels' ends that can't be
+    /// reached.
+    pub fn want(&self, desired: &Desired, own: &[IpAddr], lost: &BTreeSet<IpAddr>) {
+        watching::tell(&self.wanted, lessons(desired, (own, lost), self.has_home));
     }
 }
 
@@ -231,8 +235,9 @@ mod tests {
     #[test]
     fn nat_backends_elsewhere_are_asked_in_the_name_of_each_mesh_address() {
         let own = [IpAddr::from([10, 0, 0, 3])];
-        assert_eq!(lessons(&desired(4789), &own, true).len(), 4, "DSR needs none");
-        let all = lessons(&desired(4789), &own, false);
+        let nobody = BTreeSet::new();
+        assert_eq!(lessons(&desired(4789), (&own, &nobody), true).len(), 4, "DSR needs none");
+        let all = lessons(&desired(4789), (&own, &nobody), false);
         assert_eq!(all.len(), 2, "one runs here, and there is no way: {all:?}");
         let packet = all.first().unwrap().packet();
         assert_eq!(packet[..8], [8, 0, 0, 0, 0, 0, 100, 0]);
@@ -248,7 +253,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_backend_is_taught_at_once_and_again_and_only_what_is_new() {
+    async fn a_backend_is_taught_at_once_and_again_and_only_what_is_new_or_may_be_forgotten() {
         let backend = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let mut desired = desired(backend.local_addr().unwrap().port());
         let teacher = Teacher::start(Vec::new(), None);
@@ -263,11 +268,19 @@ mod tests {
             }
             last
         };
-        teacher.want(&desired, &own);
+        let (all, lost) = (BTreeSet::new(), [IpAddr::from([127, 0, 0, 1])].into());
+        teacher.want(&desired, &own, &all);
         assert_eq!(heard(4).await, [250, 251, 250, 251], "at once, and soon after");
-        teacher.want(&desired, &own);
+        teacher.want(&desired, &own, &all);
         desired.overlays[0].addresses.push(IpAddr::from([10, 99, 1, 252]));
-        teacher.want(&desired, &own);
+        teacher.want(&desired, &own, &all);
         assert_eq!(heard(1).await, [252]);
+        teacher.want(&desired, &own, &lost);
+        // It takes what is told last when it comes to it.
+        time::sleep(Duration::from_millis(100)).await;
+        teacher.want(&desired, &own, &all);
+        let begun = time::Instant::now();
+        assert_eq!(heard(3).await, [250, 251, 252]);
+        assert!(begun.elapsed() < SOON * 4 / 5, "at once when it is back, and not by the way");
     }
 }

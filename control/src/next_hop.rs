@@ -26,7 +26,10 @@ use self::{
     facts::{Facts, Neighbour, NeighbourKey, NeighbourState},
     kernel::{Event, Nudge},
 };
-use crate::link::{self, LinkIndex, VlanTag};
+use crate::{
+    link::{self, LinkIndex, VlanTag},
+    watching,
+};
 
 /// Everything is read anew this often, in case a notification said less than it meant: a nexthop
 /// object or a path's MTU may change without one.
@@ -135,13 +138,7 @@ impl NextHops {
 
     /// Says which VTEPs are wanted, from now on and instead of those before.
     pub fn want(&self, vteps: &BTreeSet<IpAddr>) {
-        self.wanted.send_if_modified(|wanted| {
-            let changed = wanted != vteps;
-            if changed {
-                wanted.clone_from(vteps);
-            }
-            changed
-        });
+        watching::tell(&self.wanted, vteps.clone());
     }
 
     /// The table, and its every real change.
@@ -323,14 +320,8 @@ impl Follower {
             .keys()
             .map(|vtep| (*vtep, self.facts.judge(*vtep, &self.owned)))
             .collect();
-        self.hops.send_if_modified(|hops| {
-            let changed = **hops != judged;
-            if changed {
-                log_changes(hops, &judged);
-                *hops = Arc::new(judged);
-            }
-            changed
-        });
+        log_changes(&self.hops.borrow(), &judged);
+        watching::tell(&self.hops, Arc::new(judged));
     }
 
     /// Whether judging now would tell of a resolved hop that it is pending.

@@ -321,9 +321,9 @@ pub fn write_table<const N: usize>(
 /// How a word stands out.
 fn style(cell: &str) -> Style {
     match cell {
-        "active" | "ready" | "up" => AnsiColor::Green.on_default(),
+        "active" | "ready" | "up" | "alive" => AnsiColor::Green.on_default(),
         "draining" | "drained" => AnsiColor::Yellow.on_default(),
-        "unreachable" | "down" | "not ready" => AnsiColor::Red.on_default(),
+        "unreachable" | "down" | "silent" | "not ready" => AnsiColor::Red.on_default(),
         _ => Style::new(),
     }
 }

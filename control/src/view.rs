@@ -15,6 +15,7 @@ use crate::{
     config::{Config, Maglev},
     desired::{Backend, Desired, Drain, Service, port_ranges},
     health::{Board, Report, Verdict},
+    liveness::Standings,
     local::Refused,
     plan::Placement,
     source::swarm,
@@ -44,6 +45,8 @@ pub struct View {
     pub refused: Option<String>,
     /// Ports published on this node that clients on it can't reach, and why.
     pub local_refused: Refused,
+    /// What pings say of the nodes that tunnels lead to.
+    pub standings: Standings,
     /// Whether one of our interfaces is gone.
     pub link_missing: bool,
     /// What is known of the Docker Swarm, if one is read.

@@ -1,6 +1,7 @@
 //! Next hops against a real kernel: each test builds network namespaces, lets `NextHops` follow
 //! from within one, changes the network with `ip` and looks at what is published. Needs root. VLANs
-//! and bonds are tested with the pure part: not every kernel here has them.
+//! and bonds are tested with the pure part: not every kernel here has them. So are the pings of `Liveness`, which
+//! go where these lead.
 
 use std::{
     collections::BTreeSet,
@@ -13,7 +14,9 @@ use std::{
 };
 
 use control::{
+    config,
     link::{self, LinkError},
+    liveness::{Liveness, Standings},
     next_hop::{HopState, Hops, NextHops, Resolved},
 };
 use nix::{
@@ -155,6 +158,22 @@ impl Following {
         println!("{vtep} took {:?}: {seen:#?}", start.elapsed());
         (start.elapsed(), seen)
     }
+}
+
+/// Waits until pings say the same of all. Says how long that took.
+async fn all_become(
+    standings: &mut watch::Receiver<Standings>,
+    count: usize,
+    word: &str,
+) -> Duration {
+    let begun = Instant::now();
+    let all = |standings: &Standings| {
+        standings.len() == count && standings.values().all(|standing| standing.word() == word)
+    };
+    let waited = time::timeout(PATIENCE, standings.wait_for(all)).await;
+    assert!(waited.is_ok(), "{count} are not {word}");
+    println!("{count} {word} after {:?}", begun.elapsed());
+    begun.elapsed()
 }
 
 /// What the kernel dropped on all netlink sockets of this thread's namespace.
@@ -434,6 +453,34 @@ fn a_change_whose_notification_was_lost_is_found_all_the_same() {
         assert!(notifications_lost() > 0, "the flood was too small to lose anything");
         let (took, _) = following.becomes("10.0.0.2", goes_to("02:00:00:00:00:22")).await;
         assert!(took < Duration::from_secs(1), "took {took:?}");
+    });
+}
+
+#[test]
+fn thousands_of_nodes_are_pinged_and_all_are_missed_and_found_again_in_time() {
+    in_lab(async |lab| {
+        const COUNT: u32 = 4000;
+        // One peer has all their addresses, behind a gateway that is there in any case.
+        let theirs = "route add local 10.16.0.0/20 dev lo";
+        lab.ip("left", theirs);
+        lab.ip("node", "route add 10.16.0.0/20 via 10.0.0.2");
+        let vteps: Vec<_> = (0..COUNT).map(|n| format!("10.16.{}.{}", n / 256, n % 256)).collect();
+        let vteps: Vec<&str> = vteps.iter().map(String::as_str).collect();
+        let following = Following::by(&["eth0"], &vteps).await;
+        let settings = config::Liveness::default();
+        let liveness =
+            Liveness::start(settings, &[ip("10.0.0.1")], following.hops.clone()).unwrap();
+        let mut standings = liveness.subscribe();
+        all_become(&mut standings, vteps.len(), "alive").await;
+        let quiet = time::timeout(Duration::from_secs(3), standings.changed()).await;
+        assert!(quiet.is_err(), "nobody is missed who is there");
+        lab.ip("left", "route del local 10.16.0.0/20 dev lo");
+        let silent = all_become(&mut standings, vteps.len(), "silent").await;
+        lab.ip("left", theirs);
+        let alive = all_become(&mut standings, vteps.len(), "alive").await;
+        assert!(silent < Duration::from_secs(1) && alive < Duration::from_secs(1));
+        following.next_hops.want(&BTreeSet::new());
+        all_become(&mut standings, 0, "alive").await;
     });
 }
 

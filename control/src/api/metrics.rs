@@ -1,7 +1,7 @@
 //! `/metrics`, in Prometheus' text format: what `status` tells, as numbers over time.
 //!
 //! How many series there are depends on the machine and on the configuration, never on traffic; and
-//! beyond a limit, services and backends have none of their own.
+//! beyond a limit, services, backends and nodes have none of their own.
 
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -12,6 +12,7 @@ use prometheus::{
 };
 
 use crate::{
+    liveness::Standing,
     status::{BackendStatus, losses},
     view::{Census, Observed, View},
     workers::Handle,
@@ -20,11 +21,14 @@ use crate::{
 /// The media type.
 pub const MEDIA_TYPE: &str = prometheus::TEXT_FORMAT;
 
-/// All of them. At most `limit` services and as many backends have series of their own.
+/// All of them. At most `limit` services, as many backends and as many nodes have series of their own.
 pub fn render(observed: &Observed, view: &View, census: &Census, limit: usize) -> String {
     let mut all = Families(Vec::new());
     node(observed, view, &mut all);
-    services(observed, view, census, limit, &mut all);
+    let left_out = services(observed, view, census, limit, &mut all) + nodes(view, limit, &mut all);
+    let help =
+        "Services, backends and nodes without series of their own: api.metrics_limit is reached.";
+    all.gauge("series_left_out", help, vec![sample(&[], left_out)]);
     mesh(observed, view, &mut all);
     workers(observed, census, &mut all);
     queues(observed, &mut all);
@@ -111,7 +115,14 @@ fn node(observed: &Observed, view: &View, all: &mut Families) {
     }
 }
 
-fn services(observed: &Observed, view: &View, census: &Census, limit: usize, all: &mut Families) {
+/// Returns how many series are left out.
+fn services(
+    observed: &Observed,
+    view: &View,
+    census: &Census,
+    limit: usize,
+    all: &mut Families,
+) -> u64 {
     let mut owners: BTreeMap<String, u64> = BTreeMap::new();
     let states = ["active", "draining", "drained", "down", "unreachable"];
     let states = states.map(|state| (state.to_owned(), 0));
@@ -139,14 +150,31 @@ fn services(observed: &Observed, view: &View, census: &Census, limit: usize, all
     all.gauge("services", "Services, by who may change them.", owners.collect());
     let states = states.iter().map(|(state, count)| sample(&[("state", state)], *count));
     all.gauge("backends", "Backends of all services, by state.", states.collect());
-    let help = "Services and backends without series of their own: api.metrics_limit is reached.";
-    all.gauge("series_left_out", help, vec![sample(&[], left_out)]);
     let checks =
         observed.board.counts().map(|(result, count)| sample(&[("result", result)], count));
     let help = "Health checks, by what they found; an impossible one says nothing of the backend.";
     all.counter("health_checks_total", help, checks.into());
     by_service.finish(all);
     by_backend.finish(all);
+    left_out
+}
+
+/// What pings say of the nodes that tunnels lead to. Returns how many series are left out.
+fn nodes(view: &View, limit: usize, all: &mut Families) -> u64 {
+    let words = ["alive", "silent", "unknown"];
+    let mut counts: BTreeMap<&str, u64> = words.map(|word| (word, 0)).into();
+    view.standings.values().for_each(|standing| *counts.entry(standing.word()).or_default() += 1);
+    let counts = counts.iter().map(|(word, count)| sample(&[("liveness", word)], *count));
+    let help = "Nodes that are pinged, by whether they answer; unknown are those that never have.";
+    all.gauge("vteps", help, counts.collect());
+    // One that is not judged is neither.
+    let judged = view.standings.iter().filter(|(_, standing)| **standing != Standing::Unknown);
+    let alive = |(vtep, standing): (&IpAddr, &Standing)| {
+        sample(&[("vtep", &vtep.to_string())], u64::from(*standing == Standing::Alive))
+    };
+    let help = "Whether a node that has answered pings still does.";
+    all.gauge("vtep_alive", help, judged.clone().take(limit).map(alive).collect());
+    judged.skip(limit).count() as u64
 }
 
 /// What connections of mode `nat` are made of.
@@ -225,7 +253,8 @@ impl PerBackend {
         all.gauge("backend_connections", help, self.connections);
         let help = "A backend's share of new connections; 0 drains it.";
         all.gauge("backend_weight", help, self.weight);
-        all.gauge("backend_reachable", "Whether its next hop is known.", self.reachable);
+        let help = "Whether its next hop is known, and its node not silent.";
+        all.gauge("backend_reachable", help, self.reachable);
         let help = "Whether a checked backend is up, or has no verdict yet; 0 if it is down.";
         all.gauge("backend_up", help, self.up);
     }

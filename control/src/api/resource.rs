@@ -58,6 +58,9 @@ pub struct Node {
     pub state: String,
     /// Why it is unreachable.
     pub reason: Option<String>,
+    /// What pings say of others: `alive`, `silent`, or `unknown` if they have never answered one. Nothing of
+    /// those that are not pinged.
+    pub liveness: Option<String>,
     /// Services that it has backends of.
     pub services: usize,
     /// Its backends.
@@ -75,6 +78,7 @@ pub fn nodes(observed: &Observed, view: &View) -> Vec<Node> {
                 vtep: Some(backend.vtep.to_string()),
                 state: "unreachable".to_owned(),
                 reason: placement.unreachable.clone(),
+                liveness: view.standings.get(&backend.vtep).map(|s| s.word().to_owned()),
                 services: 0,
                 backends: 0,
             });
@@ -92,6 +96,7 @@ pub fn nodes(observed: &Observed, view: &View) -> Vec<Node> {
         vtep: view.vteps.first().map(ToString::to_string),
         state: ready.to_owned(),
         reason: None,
+        liveness: None,
         services: 0,
         backends: 0,
     };

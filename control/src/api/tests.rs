@@ -24,6 +24,7 @@ use crate::{
     config::Config,
     daemon,
     desired::{self, Desired, Protocol, ServicePort},
+    liveness::Standing,
     offline::Offline,
     plan::{Inputs, Planner},
     source::{
@@ -69,6 +70,7 @@ fn view(text: &str, generation: u64) -> Arc<View> {
         forwarding,
         refused: None,
         local_refused: Default::default(),
+        standings: Default::default(),
         link_missing: false,
         swarm: None,
     })
@@ -113,6 +115,7 @@ impl PlanningDaemon {
             forwarding: Arc::new(plan.forwarding),
             refused: None,
             local_refused: Default::default(),
+            standings: Default::default(),
             link_missing: false,
             swarm: None,
         }));
@@ -347,6 +350,36 @@ fn metrics_are_numbers_with_words_and_their_series_are_bounded() {
     assert!(text.contains("wiremesh_series_left_out 1\n"), "{text}");
     assert!(text.contains("backend=\"web-1\"") && !text.contains("backend=\"web-2\""), "{text}");
     assert!(text.contains("wiremesh_backends{state=\"draining\"} 1"), "the sum has it");
+}
+
+#[test]
+fn a_silent_node_is_shown_and_counted() {
+    let text = "[api]\nmetrics_limit = 2\n[[service]]\nname = \"web\"\nvip = \"192.0.2.1\"\n\
+         ports = [\"80/tcp\"]\nvni = 1\n[[service.backend]]\nname = \"b\"\nvtep = \"10.0.0.2\"\n\
+         mac = \"02:00:00:00:00:02\"\n";
+    let rig = Rig::new(text);
+    let silent = Standing::Silent { reason: "silence".to_owned() };
+    let standings =
+        [(2, silent), (3, Standing::Alive), (4, Standing::Alive), (5, Standing::Unknown)];
+    let address = |last| std::net::IpAddr::from([10, 0, 0, last]);
+    let standings = standings.map(|(last, standing)| (address(last), standing));
+    let shown = Arc::into_inner(view(text, 2)).unwrap();
+    rig.views.send_replace(Arc::new(View { standings: Arc::new(standings.into()), ..shown }));
+    let nodes = rig.client().get::<Value>("/v1/nodes").unwrap();
+    assert_eq!(nodes[0]["liveness"], Value::Null, "this node pings others");
+    assert_eq!((&nodes[1]["vtep"], &nodes[1]["liveness"]), (&"10.0.0.2".into(), &"silent".into()));
+    let text = metrics(&rig);
+    for line in [
+        "wiremesh_vteps{liveness=\"alive\"} 2",
+        "wiremesh_vteps{liveness=\"silent\"} 1",
+        "wiremesh_vteps{liveness=\"unknown\"} 1",
+        "wiremesh_vtep_alive{vtep=\"10.0.0.2\"} 0",
+        "wiremesh_vtep_alive{vtep=\"10.0.0.3\"} 1",
+        "wiremesh_series_left_out 1",
+    ] {
+        assert!(text.lines().any(|found| found == line), "no {line} in {text}");
+    }
+    assert!(!text.contains("vtep=\"10.0.0.4\"") && !text.contains("vtep=\"10.0.0.5\""), "{text}");
 }
 
 /// A service of one backend.

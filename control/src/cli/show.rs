@@ -55,12 +55,14 @@ impl fmt::Display for Nodes {
                 node.name.clone().unwrap_or_else(|| "-".to_owned()),
                 node.vtep.clone().unwrap_or_else(|| "-".to_owned()),
                 node.state.clone(),
+                node.liveness.clone().unwrap_or_else(|| "-".to_owned()),
                 node.services.to_string(),
                 node.backends.to_string(),
             ]
         };
         let rows: Vec<_> = self.0.iter().map(row).collect();
-        write_table(f, &["NAME", "VTEP", "STATE", "SERVICES", "BACKENDS"], &rows)?;
+        let header = ["NAME", "VTEP", "STATE", "LIVENESS", "SERVICES", "BACKENDS"];
+        write_table(f, &header, &rows)?;
         for Node { vtep, reason, .. } in &self.0 {
             if let (Some(vtep), Some(reason)) = (vtep, reason) {
                 writeln!(f, "  {vtep} is unreachable: {reason}")?;
@@ -199,22 +201,21 @@ mod tests {
 
     #[test]
     fn nodes_are_shown_with_why_they_are_not_reached() {
-        let node = |name: Option<&str>, state: &str, reason: Option<&str>| Node {
+        let node = |name: Option<&str>, state: &str, liveness: Option<&str>| Node {
             name: name.map(str::to_owned),
             vtep: Some("10.0.0.2".to_owned()),
             state: state.to_owned(),
-            reason: reason.map(str::to_owned),
+            reason: liveness.map(|_| "silence".to_owned()),
+            liveness: liveness.map(str::to_owned),
             services: 1,
             backends: 2,
         };
-        let nodes = Nodes(vec![
-            node(Some("n1"), "ready", None),
-            node(None, "unreachable", Some("silence")),
-        ]);
+        let nodes =
+            Nodes(vec![node(Some("n1"), "ready", None), node(None, "unreachable", Some("silent"))]);
         let expected = "  \
-  NAME  VTEP      STATE        SERVICES  BACKENDS
-  n1    10.0.0.2  ready               1         2
-  -     10.0.0.2  unreachable         1         2
+  NAME  VTEP      STATE        LIVENESS  SERVICES  BACKENDS
+  n1    10.0.0.2  ready        -                1         2
+  -     10.0.0.2  unreachable  silent           1         2
   10.0.0.2 is unreachable: silence
 ";
         assert_eq!(nodes.to_string(), expected);

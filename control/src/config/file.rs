@@ -28,6 +28,7 @@ pub struct File {
     pub nat: Nat,
     pub maglev: Maglev,
     pub limits: Limits,
+    pub liveness: Liveness,
     pub source: Sources,
     pub next_hop: Vec<Spanned<NextHop>>,
     pub overlay: Vec<Spanned<Overlay>>,
@@ -131,6 +132,15 @@ pub struct Limits {
     pub vips: Key<i64>,
     pub health_checks: Key<i64>,
     pub local_clients: Key<i64>,
+}
+
+/// `[liveness]`
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, expecting = "a table, [liveness]")]
+pub struct Liveness {
+    pub enabled: Option<bool>,
+    pub interval_ms: Key<i64>,
+    pub fall: Key<i64>,
 }
 
 /// `[source]`

@@ -14,8 +14,8 @@ use dataplane::{
 use toml::Spanned;
 
 use super::{
-    Api, Connections, CopyMode, Cores, Dataplane, Limits, LocalLink, Maglev, Nat, Node, Rings, Tls,
-    Workers,
+    Api, Connections, CopyMode, Cores, Dataplane, Limits, Liveness, LocalLink, Maglev, Nat, Node,
+    Rings, Tls, Workers,
     file::{self, AutoOr, Key},
     finding::{Report, Span},
 };
@@ -354,6 +354,16 @@ pub fn limits(written: &file::Limits, report: &mut Report) -> Limits {
             (defaults.local_clients, 1..=1 << 20),
             report,
         ),
+    }
+}
+
+pub fn liveness(written: &file::Liveness, report: &mut Report) -> Liveness {
+    let defaults = Liveness::default();
+    let interval = (defaults.interval_ms, 50..=10_000);
+    Liveness {
+        enabled: written.enabled.unwrap_or(defaults.enabled),
+        interval_ms: number("interval_ms", &written.interval_ms, interval, report),
+        fall: number("fall", &written.fall, (defaults.fall, 1..=100), report),
     }
 }
 

@@ -438,6 +438,12 @@ fn a_setting_out_of_its_range_is_refused_at_its_place() {
         ("[maglev]\ntable_size = 5", "2:14: `table_size` is 5, out of its range: 7 to 655373"),
         ("[limits]\nbackends = 0", "2:12: `backends` is 0, out of its range: 1 to 262144"),
         ("[limits]\nvips = 2000000", "2:8: `vips` is 2000000, out of its range: 1 to 1048576"),
+        (
+            "[liveness]\ninterval_ms = 49",
+            "2:15: `interval_ms` is 49, out of its range: 50 to 10000",
+        ),
+        ("[liveness]\nfall = 0", "2:8: `fall` is 0, out of its range: 1 to 100"),
+        ("[liveness]\nenabled = 1", "2:11: invalid type: integer `1`: expected true or false"),
     ];
     for (text, expected) in cases {
         assert_eq!(errors(text), [format!("w.toml:{expected}")], "{text}");
@@ -996,12 +1002,13 @@ fn a_file_that_is_not_there_or_says_nothing_is_told_in_a_sentence() {
 }
 
 #[test]
-fn only_services_next_hops_and_arp_change_without_a_restart() {
+fn only_services_next_hops_pings_and_arp_change_without_a_restart() {
     let old = config(GOOD);
     let mut new = old.clone();
     new.desired.services.clear();
     new.next_hops = config("[[next_hop]]\nvtep = '10.0.0.2'\nmac = '02:00:00:00:00:01'").next_hops;
     new.node.answer_arp = true;
+    new.liveness.enabled = false;
     assert!(old.restart_needed(&new).is_empty());
     new.node.workers = Workers::Count(2);
     new.node.announce_table = Some(100);
@@ -1086,7 +1093,7 @@ fn the_example_has_every_key_and_is_valid_with_all_of_them() {
             .cloned()
             .collect::<BTreeSet<_>>()
     };
-    let places: [(&[&str], &str); 15] = [
+    let places: [(&[&str], &str); 16] = [
         (&[], ""),
         (&["node"], "[node]"),
         (&["api"], "[api]"),
@@ -1095,6 +1102,7 @@ fn the_example_has_every_key_and_is_valid_with_all_of_them() {
         (&["nat"], "[nat]"),
         (&["maglev"], "[maglev]"),
         (&["limits"], "[limits]"),
+        (&["liveness"], "[liveness]"),
         (&["source"], "[source]"),
         (&["source", "swarm"], "[source.swarm]"),
         (&["next_hop"], "[[next_hop]]"),

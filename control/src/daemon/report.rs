@@ -32,6 +32,7 @@ impl Daemon {
                 && Arc::ptr_eq(&view.placements, &self.backends)
                 && view.refused == self.refused
                 && Arc::ptr_eq(&view.local_refused, &self.local_refused.borrow())
+                && Arc::ptr_eq(&view.standings, &self.standings.borrow())
                 && view.link_missing == self.missing.is_some()
                 && view.swarm.as_ref().map(Arc::as_ptr)
                     == self.swarming.shown.as_ref().map(Arc::as_ptr)
@@ -52,6 +53,7 @@ impl Daemon {
             forwarding: self.publisher.current().clone(),
             refused: self.refused.clone(),
             local_refused: self.local_refused.borrow().clone(),
+            standings: self.standings.borrow().clone(),
             link_missing: self.missing.is_some(),
             swarm: self.swarming.shown.clone(),
         })

@@ -25,7 +25,11 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{FAR_ADDRESS, NODE_INTERFACE, datagrams, streams};
-use crate::desired::{Protocol, ServicePort};
+use crate::{
+    desired::{Protocol, ServicePort},
+    filter::{JUMP_IF_EQUAL, LOAD_WORD, RETURN},
+    watching,
+};
 
 /// How often a port that could not be had is tried again.
 const RETRY: Duration = Duration::from_secs(2);
@@ -74,11 +78,7 @@ impl LocalClients {
     /// Serves these ports from now on, and no others. Connections that are there stay.
     pub fn want(&self, ports: BTreeSet<ServicePort>) {
         let Some(wanted) = &self.wanted else { return };
-        wanted.send_if_modified(|wanted| {
-            let changed = *wanted != ports;
-            *wanted = ports;
-            changed
-        });
+        watching::tell(wanted, ports);
     }
 
     /// What can't be served, and every change of that.
@@ -161,15 +161,12 @@ async fn keep(
 
 /// Shows and logs what is new.
 fn tell(refused: &watch::Sender<Refused>, failed: BTreeMap<ServicePort, String>) {
-    refused.send_if_modified(|refused| {
-        let new = failed.iter().filter(|(port, why)| refused.get(port) != Some(why));
-        new.for_each(|(_, why)| warn!("{why}"));
-        let had = refused.keys().filter(|port| !failed.contains_key(port));
-        had.for_each(|port| info!("{port} is no longer kept from clients on this node"));
-        let changed = **refused != failed;
-        *refused = Arc::new(failed);
-        changed
-    });
+    let before = refused.borrow().clone();
+    let new = failed.iter().filter(|(port, why)| before.get(port) != Some(why));
+    new.for_each(|(_, why)| warn!("{why}"));
+    let had = before.keys().filter(|port| !failed.contains_key(port));
+    had.for_each(|port| info!("{port} is no longer kept from clients on this node"));
+    watching::tell(refused, Arc::new(failed));
 }
 
 fn sentence(port: ServicePort, error: &io::Error) -> String {
@@ -235,15 +232,12 @@ fn bound(address: SocketAddr, kind: Type) -> io::Result<Socket> {
 /// A packet of this node to itself comes by the loopback device, whichever of its addresses it is for. To
 /// bind the sockets to that device would not do: the kernel looks for those of the address's.
 fn only_from_this_node() -> [SockFilter; 4] {
-    const LOAD: u16 = 0x20; // BPF_LD | BPF_W | BPF_ABS
-    const IS: u16 = 0x15; // BPF_JMP | BPF_JEQ | BPF_K
-    const RETURN: u16 = 0x06; // BPF_RET | BPF_K
     const INTERFACE: u32 = (libc::SKF_AD_OFF + libc::SKF_AD_IFINDEX) as u32;
     // In every network namespace.
     const LOOPBACK: u32 = 1;
     [
-        SockFilter::new(LOAD, 0, 0, INTERFACE),
-        SockFilter::new(IS, 0, 1, LOOPBACK),
+        SockFilter::new(LOAD_WORD, 0, 0, INTERFACE),
+        SockFilter::new(JUMP_IF_EQUAL, 0, 1, LOOPBACK),
         SockFilter::new(RETURN, 0, 0, u32::MAX),
         SockFilter::new(RETURN, 0, 0, 0),
     ]

@@ -1,6 +1,10 @@
 //! What the lab's client does: ask, send, fetch, hold on.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    thread,
+    time::{Duration, UNIX_EPOCH},
+};
 
 use serde::{Deserialize, de::DeserializeOwned};
 
@@ -34,6 +38,8 @@ pub struct Answer {
 #[derive(Debug, Deserialize)]
 pub struct Load {
     pub ok: u64,
+    /// How long it took.
+    pub seconds: f64,
     /// Of the slowest request, from the connection's beginning.
     pub slowest_s: f64,
     pub backends: BTreeMap<String, u64>,
@@ -101,6 +107,55 @@ pub fn send_datagrams(lab: &Lab, vip: Vip, count: u32, size: u32) -> Datagrams {
     let (count, size) = (count.to_string(), size.to_string());
     let to = ["udp", "--to", vip.address, "--port", ECHO_PORT, "--count", &count, "--size", &size];
     parse(&lab.succeed("client", &[&[PEER], &to[..]].concat()))
+}
+
+/// A datagram of many that were sent at a steady pace, each from another port.
+#[derive(Debug, Deserialize)]
+pub struct Pulse {
+    /// When it left, in seconds since 1970.
+    pub at_s: f64,
+    /// Who answered, if anybody did.
+    pub backend: Option<String>,
+}
+
+/// A backend is lost, and later back, and all the while datagrams are sent that each begin a flow.
+pub struct Outage {
+    /// From the first to the last datagram that went there in vain, in seconds.
+    pub avoided_s: f64,
+    /// From its return to the first datagram that it answers.
+    pub back_s: f64,
+}
+
+/// Has a backend lost for some time.
+pub fn outage(lab: &Lab, vip: Vip, backend: &str, time: Duration, lose: impl Fn(bool)) -> Outage {
+    let seconds = format!("{}", time.as_secs() + 7);
+    let pulse = ["pulse", "--to", vip.address, "--port", ECHO_PORT, "--seconds", &seconds];
+    let pulsing = lab.start("client", &[&[PEER], &pulse[..]].concat());
+    thread::sleep(Duration::from_millis(1500));
+    let now_s = || UNIX_EPOCH.elapsed().unwrap().as_secs_f64();
+    let lost_at_s = now_s();
+    lose(true);
+    thread::sleep(time);
+    lose(false);
+    let back_at_s = now_s();
+    let pulses: Vec<Pulse> = parse(&pulsing.finish());
+    let is_its = |pulse: &&Pulse| pulse.backend.as_deref() == Some(backend);
+    assert!(pulses.iter().any(|pulse| pulse.at_s < lost_at_s && is_its(&pulse)));
+    let first = pulses.iter().find(|pulse| pulse.at_s >= back_at_s && is_its(pulse));
+    let back_s = first.expect("it is back").at_s - back_at_s;
+    // Every other one or so, from the loss until it is avoided. One that a busy machine loses later is none of
+    // these.
+    let mut vain = pulses.iter().filter(|p| p.at_s >= lost_at_s && p.backend.is_none());
+    let first_at_s = vain.next().expect("nobody knows it at once").at_s;
+    let mut avoided_s = 0.0;
+    for after_s in vain.map(|pulse| pulse.at_s - first_at_s) {
+        if after_s > avoided_s + 0.5 {
+            break;
+        }
+        avoided_s = after_s;
+    }
+    println!("{backend} was avoided after {avoided_s:.2} s, and was back after {back_s:.2} s");
+    Outage { avoided_s, back_s }
 }
 
 /// Requests on new connections, four at a time, until all are done.

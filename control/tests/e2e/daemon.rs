@@ -115,6 +115,11 @@ impl Daemon {
         workers.iter().map(|worker| worker["counters"][name].as_u64().unwrap_or(0)).sum()
     }
 
+    /// How many packets were dropped for a reason.
+    pub fn drops(&self, reason: &str) -> u64 {
+        self.status()["drops"][reason]["count"].as_u64().unwrap_or(0)
+    }
+
     /// Waits until the daemon works with this weight for this backend; `None`: without it.
     pub fn wait_for_weight(&self, backend: &str, weight: Option<u16>) {
         wait_until(&format!("the weight of {backend} is {weight:?}"), 10, || {
@@ -128,9 +133,30 @@ impl Daemon {
         });
     }
 
+    /// What it says of the node whose tunnels end there: its state, and what pings say of it.
+    pub fn node(&self, vtep: &str) -> Value {
+        let nodes: Value = serde_json::from_str(&self.get("/v1/nodes")).unwrap();
+        let found = nodes.as_array().unwrap().iter().find(|node| node["vtep"] == vtep);
+        found.cloned().unwrap_or_default()
+    }
+
+    /// Waits until pings say this of all these.
+    pub fn wait_for_liveness(&self, vteps: &[&str], liveness: &str) {
+        wait_until(&format!("{vteps:?} are {liveness}"), 10, || {
+            vteps.iter().all(|vtep| self.node(vtep)["liveness"] == liveness)
+        });
+    }
+
     /// Everything it has logged.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap()
+    }
+
+    /// Stands still for so long, all its threads at once.
+    pub fn freeze(&self, time: Duration) {
+        signal(&self.child, "STOP");
+        thread::sleep(time);
+        signal(&self.child, "CONT");
     }
 
     /// SIGHUP: read the config again.

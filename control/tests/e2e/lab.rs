@@ -115,6 +115,15 @@ impl Lab {
         self.script(&[&["start", &self.name, backend, &label], &nginx[..]].concat());
     }
 
+    /// Cuts a host off, or connects it again: its cable stays in, and what goes over it is lost without a word.
+    pub fn cut_off(&self, host: &str, cut: bool) {
+        for (end, device) in [("router", host), (host, "eth0")] {
+            let queue = ["tc", "qdisc", if cut { "add" } else { "del" }, "dev", device, "root"];
+            let without_places: &[_] = if cut { &["pfifo", "limit", "0"] } else { &[] };
+            self.succeed(end, &[&queue, without_places].concat());
+        }
+    }
+
     /// Gives a node's kernel a way of its own to a backend, for when the daemon is away.
     pub fn fallback(&self, node: &str, backend: &str) {
         self.script(&["fallback", &self.name, node, backend]);

@@ -14,6 +14,7 @@ mod changes;
 mod cli;
 mod failures;
 mod health;
+mod liveness;
 mod local;
 mod nat;
 mod scale;

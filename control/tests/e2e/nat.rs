@@ -3,7 +3,6 @@
 
 use std::{
     fs,
-    net::SocketAddr,
     time::{Duration, Instant},
 };
 
@@ -14,7 +13,7 @@ use crate::{
     },
     daemon::Daemon,
     lab::{Background, Lab, PEER, bounded, wait_until},
-    wire::{start_capture, tshark},
+    wire::{Translated, forge_reset, start_capture, tshark},
 };
 
 /// What backends take for their client.
@@ -22,13 +21,13 @@ const MESH: &str = "10.99.1.250";
 /// A service's own address.
 const VIP: Vip = Vip { address: "203.0.113.20", url: "http://203.0.113.20", client: MESH };
 /// One of the node's.
-const NODE: Vip = Vip { address: "10.77.0.11", url: "http://10.77.0.11:8080", client: MESH };
+pub const NODE: Vip = Vip { address: "10.77.0.11", url: "http://10.77.0.11:8080", client: MESH };
 
-const ONE_ARMED: [&str; 4] = ["--nodes", "1", "--backends", "2"];
+pub const ONE_ARMED: [&str; 4] = ["--nodes", "1", "--backends", "2"];
 
 /// A lab whose backends are in an overlay, and whose first node publishes them.
-struct Mesh {
-    lab: Lab,
+pub struct Mesh {
+    pub lab: Lab,
     /// The config as the lab has written it.
     plain: String,
     /// What backends' tunnels end at, but for the last digit.
@@ -37,7 +36,7 @@ struct Mesh {
 }
 
 impl Mesh {
-    fn up(options: &[&str], backends: &[&str]) -> Self {
+    pub fn up(options: &[&str], backends: &[&str]) -> Self {
         let lab = Lab::up(options);
         lab.succeed("router", &["ip", "route", "add", VIP.address, "via", NODE.address]);
         let v6 = options.windows(2).any(|two| two == ["--underlay", "6"]);
@@ -84,7 +83,7 @@ impl Mesh {
     }
 
     /// Runs a program of Python's on a host. Returns what it printed.
-    fn python(&self, host: &str, program: &str) -> String {
+    pub fn python(&self, host: &str, program: &str) -> String {
         self.lab.succeed(host, &["python3", "-c", program])
     }
 }
@@ -106,11 +105,6 @@ pub fn join(lab: &Lab, backend: &str, vteps: &str) -> Background {
     let echo = lab.start(backend, &[&echo[..], &["--bind", &address]].concat());
     wait_until("the echo server listens", 10, || ready.exists());
     echo
-}
-
-/// How often packets were dropped for a reason.
-fn drops(daemon: &Daemon, reason: &str) -> u64 {
-    daemon.status()["drops"][reason]["count"].as_u64().unwrap_or(0)
 }
 
 #[test]
@@ -238,7 +232,7 @@ fn a_client_that_is_not_allowed_gets_no_connection_and_others_do() {
     let daemon = Daemon::start(&mesh.lab, "n1");
     let refused = mesh.lab.run("client", &["curl", "-sS", "--max-time", "2", NODE.url]);
     assert!(!refused.status.success());
-    assert!(drops(&daemon, "not_allowed") >= 1);
+    assert!(daemon.drops("not_allowed") >= 1);
     let socket = mesh.lab.file("n1.sock");
     let explain = ["explain", "tcp", "198.51.100.7:5000", "10.77.0.11:8080", "--socket"];
     let why = bounded(crate::daemon::WIREMESH).args(explain).arg(socket).output().unwrap();
@@ -347,34 +341,11 @@ fn what_a_stranger_puts_into_a_tunnel_is_dropped_and_counted_and_the_connection_
     let lab = &mesh.lab;
     let daemon = Daemon::start(lab, "n1");
     let holding = start_holding(lab, NODE, 1, 6);
-    let client =
-        lab.succeed("client", &["ss", "-tnH", "state", "established", "dport", "=", "8080"]);
-    let client = client.split_whitespace().nth(2).unwrap().to_owned();
-    let explained = daemon.wiremesh(&format!("explain tcp {client} 10.77.0.11:8080"));
-    let now = explained.lines().find_map(|line| line.strip_prefix("now      ")).unwrap();
-    assert!(now.starts_with("established: ") && now.contains("10.99.1.1:80, which is b1"), "{now}");
-    let mesh_end = now.split_whitespace().nth(1).unwrap().parse::<SocketAddr>().unwrap();
-    assert_eq!(mesh_end.ip().to_string(), MESH);
-    // All of it is right but where it comes from.
-    let reset = format!(
-        "import socket, struct\n\
-         def sum16(d):\n\
-         \x20   t = sum(struct.unpack('!%dH' % (len(d) // 2), d))\n\
-         \x20   while t >> 16: t = (t & 0xffff) + (t >> 16)\n\
-         \x20   return ~t & 0xffff\n\
-         src, dst = bytes([10, 99, 1, 1]), bytes([10, 99, 1, 250])\n\
-         tcp = struct.pack('!HHIIBBHHH', 80, {}, 1, 1, 0x50, 4, 0, 0, 0)\n\
-         tcp = tcp[:16] + struct.pack('!H', sum16(src + dst + struct.pack('!HH', 6, 20) + tcp)) + tcp[18:]\n\
-         ip = struct.pack('!BBHHHBBH', 0x45, 0, 40, 1, 0, 64, 6, 0) + src + dst\n\
-         ip = ip[:10] + struct.pack('!H', sum16(ip)) + ip[12:]\n\
-         eth = bytes.fromhex('02420a6301fa' '02420a630101' '0800')\n\
-         vxlan = struct.pack('!II', 0x08000000, 200 << 8)\n\
-         s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
-         s.sendto(vxlan + eth + ip + tcp, ('10.77.0.11', 4789))\n",
-        mesh_end.port()
-    );
-    mesh.python("b2", &reset);
-    wait_until("the drop is counted", 5, || drops(&daemon, "spoofed_tunnel") == 1);
+    let connection = Translated::of(lab, &daemon, NODE.address, "8080");
+    assert_eq!((&*connection.backend, &*connection.state), ("b1", "established"));
+    assert_eq!(connection.mesh.ip().to_string(), MESH);
+    forge_reset(lab, "b2", &connection, NODE.address, 200);
+    wait_until("the drop is counted", 5, || daemon.drops("spoofed_tunnel") == 1);
     let held: Vec<Held> = parse(&holding.finish());
     assert!(held.iter().all(|connection| connection.outcome == "kept"), "{held:?}");
     let ps = daemon.wiremesh("service ps shop");

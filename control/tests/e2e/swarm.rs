@@ -12,9 +12,10 @@ use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use serde_json::Value;
 
 use crate::{
-    client::{Held, Load, NO_ERRORS, Vip, get, load, parse, send_datagrams, start_load},
+    client::{Held, Load, NO_ERRORS, Vip, get, load, outage, parse, send_datagrams},
     daemon::Daemon,
     lab::{Background, Lab, PEER, bounded, wait_until},
+    wire::{Translated, forge_reset},
 };
 
 /// How long a swarm may take to place a task and start its container.
@@ -445,13 +446,59 @@ fn a_killed_task_is_avoided_within_a_second_and_its_connections_are_reset() {
 }
 
 #[test]
+fn a_node_that_is_cut_off_is_avoided_within_a_second_and_back_within_three() {
+    let (lab, daemons) = mesh(&[]);
+    let ports = "--publish 8080:80 --publish 5353:5353/udp";
+    let names = "--hostname {{.Node.Hostname}}";
+    create(&lab, &format!("--name web --mode global {names} {ports} server http=80 udp=5353"));
+    wait_for_active(&daemons, "web", 3);
+    daemons[0].wait_for_liveness(&["10.78.0.12", "10.78.0.13"], "alive");
+    let cut = |cut| {
+        lab.cut_off("n2", cut);
+        if cut {
+            thread::sleep(SEEN);
+            assert_eq!(load(&lab, NODES[0], 60).errors, NO_ERRORS);
+        }
+    };
+    let outage = outage(&lab, NODES[0], "n2", Duration::from_secs(2), cut);
+    assert!(outage.avoided_s <= 1.0 && outage.back_s <= 3.0);
+    let after = load(&lab, NODES[0], 60);
+    assert_eq!((&after.errors, after.backends.len()), (&NO_ERRORS, 3), "{after:?}");
+}
+
+#[test]
+fn a_stranger_in_a_tunnel_and_a_client_that_is_not_allowed_are_dropped_and_counted() {
+    let (lab, daemons) = mesh(&[]);
+    create(&lab, "--name web --constraint node.hostname==n2 --publish 8080:80 server");
+    wait_for_active(&daemons, "web", 1);
+    let daemon = &daemons[0];
+    let holding = hold(&lab, NODES[0], "1", "10");
+    let connection = Translated::of(&lab, daemon, NODES[0].address, "8080");
+    let vni = table(daemon)["ingress"]["vni"].as_u64().unwrap() as u32;
+    // One is no node at all, the other has no part in this connection.
+    for stranger in ["client", "n3"] {
+        let before = daemon.drops("spoofed_tunnel");
+        forge_reset(&lab, stranger, &connection, NODES[0].address, vni);
+        wait_until("the drop is counted", 5, || daemon.drops("spoofed_tunnel") > before);
+    }
+    lab.docker("n1", "service update -q -d --label-add wiremesh.allow=192.0.2.0/24 web");
+    wait_until("the client is refused", 5, || !answers(&lab, NODES[0].url));
+    assert!(daemon.drops("not_allowed") >= 1);
+    let held: Vec<Held> = parse(&holding.finish());
+    assert!(held.iter().all(|connection| connection.outcome == "kept"), "{held:?}");
+}
+
+#[test]
 fn a_rolling_update_fails_no_request() {
     let (lab, daemons) = mesh(&[]);
     let web = "--name web --replicas 2 --publish 8080:80 --stop-grace-period 1s";
     create(&lab, &format!("{web} --update-delay 500ms --update-monitor 500ms server"));
     wait_for_active(&daemons, "web", 2);
     for (number, order) in ["start-first", "stop-first"].into_iter().enumerate() {
-        let loading = start_load(&lab, NODES[0], 15);
+        let (url, done) = (format!("{}/", NODES[0].url), lab.file(&format!("{order}-done")));
+        let steadily = ["load", "--url", &url, "--seconds", "90", "--rate", "210", "--until"];
+        let steadily = [&[PEER], &steadily[..], &[done.to_str().unwrap()]].concat();
+        let loading = lab.start("client", &steadily);
         let update =
             format!("service update -q -d --update-order {order} --env-add N={number} web");
         lab.docker("n1", &update);
@@ -459,8 +506,12 @@ fn a_rolling_update_fails_no_request() {
             let state = lab.docker("n1", "service inspect --format {{.UpdateStatus.State}} web");
             state.trim() == "completed"
         });
+        thread::sleep(SEEN);
+        fs::write(done, "").unwrap();
         let load: Load = parse(&loading.finish());
-        assert!(load.ok > 15 * 100 && load.backends.len() >= 3, "{order}: {load:?}");
+        println!("{order}: {} requests in {} s", load.ok, load.seconds);
+        let wanted = 200.0 * load.seconds;
+        assert!(load.ok as f64 >= wanted && load.backends.len() >= 3, "{order}: {load:?}");
         assert_eq!(load.errors, NO_ERRORS, "{order}");
     }
 }

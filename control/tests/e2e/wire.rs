@@ -1,12 +1,65 @@
 //! What our frames look like to others: a capture read by tshark, and frames no local stack would send.
 
-use std::{collections::HashSet, fs, path::Path};
+use std::{collections::HashSet, fs, net::SocketAddrV4, path::Path};
+
+use serde::Deserialize;
+use serde_json::Value;
 
 use crate::{
     client::{ECHO_PORT, VIP4, VIPS, exchange_ten_megabytes, get, send_datagrams},
     daemon::Daemon,
     lab::{Background, Lab, PEER, bounded, wait_until},
 };
+
+/// What the client's only connection to a port is inside the tunnel.
+#[derive(Debug, Deserialize)]
+pub struct Translated {
+    /// This node's end.
+    pub mesh: SocketAddrV4,
+    /// The server's.
+    pub target: SocketAddrV4,
+    /// Who that is.
+    pub backend: String,
+    pub state: String,
+}
+
+impl Translated {
+    pub fn of(lab: &Lab, daemon: &Daemon, node: &str, port: &str) -> Self {
+        let ss = ["ss", "-tnH", "state", "established", "dport", "=", port];
+        let connections = lab.succeed("client", &ss);
+        let client = connections.split_whitespace().nth(2).unwrap();
+        let explained = daemon.wiremesh(&format!("explain --json tcp {client} {node}:{port}"));
+        let explained: Value = serde_json::from_str(&explained).unwrap();
+        serde_json::from_value(explained["translated"].clone()).unwrap()
+    }
+}
+
+/// Sends a node what the server of a connection would send to reset it: right in all, but where the tunnel
+/// comes from.
+pub fn forge_reset(lab: &Lab, host: &str, connection: &Translated, to: &str, vni: u32) {
+    let Translated { mesh, target, .. } = connection;
+    let reset = format!(
+        "import ipaddress, socket, struct\n\
+         def sum16(d):\n\
+         \x20   t = sum(struct.unpack('!%dH' % (len(d) // 2), d))\n\
+         \x20   while t >> 16: t = (t & 0xffff) + (t >> 16)\n\
+         \x20   return ~t & 0xffff\n\
+         src, dst = (ipaddress.IPv4Address(a).packed for a in ('{}', '{}'))\n\
+         tcp = struct.pack('!HHIIBBHHH', {}, {}, 1, 1, 0x50, 4, 0, 0, 0)\n\
+         tcp = tcp[:16] + struct.pack('!H', sum16(src + dst + struct.pack('!HH', 6, 20) + tcp)) + tcp[18:]\n\
+         ip = struct.pack('!BBHHHBBH', 0x45, 0, 40, 1, 0, 64, 6, 0) + src + dst\n\
+         ip = ip[:10] + struct.pack('!H', sum16(ip)) + ip[12:]\n\
+         eth = b'\\x02\\x42' + dst + b'\\x02\\x42' + src + b'\\x08\\x00'\n\
+         vxlan = struct.pack('!II', 0x08000000, {vni} << 8)\n\
+         s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
+         s.sendto(vxlan + eth + ip + tcp, ('{to}', 4789))\n",
+        target.ip(),
+        mesh.ip(),
+        target.port(),
+        mesh.port()
+    );
+    lab.succeed(host, &["python3", "-c", &reset]);
+}
 
 #[test]
 fn tshark_reads_our_output_without_a_warning() {

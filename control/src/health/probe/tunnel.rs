@@ -17,17 +17,24 @@ use std::{
     time::Duration,
 };
 
+use dataplane::wire::vxlan;
 use etherparse::{
     IpHeaders, LaxPacketHeaders, NetHeaders, PacketBuilder, PacketBuilderStep, TransportHeader,
 };
 use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 use tokio::{net::UdpSocket, sync::oneshot, task, time};
+use zerocopy::IntoBytes;
 
 use super::{
     super::{Exchange, Home, Target},
     Outcome, direct, failure,
 };
-use crate::desired;
+use crate::{
+    desired,
+    filter::{
+        JUMP_IF_EQUAL, LOAD_BYTE, LOAD_HALF, LOAD_HALF_AFTER_X, RETURN, X_IS_IPV4_HEADER_LEN,
+    },
+};
 
 /// Ports that SYNs come from, in turn: a backend that missed our RST takes a new SYN from the same port for
 /// a part of the connection before.
@@ -146,9 +153,7 @@ impl Tunnels {
     /// Into the tunnel.
     async fn send(&self, target: &Target, frame: &[u8]) -> io::Result<()> {
         let backend = target.backend();
-        // RFC 7348 section 5: the I flag, and the VNI before the last reserved byte.
-        let header = [0x0800_0000, backend.vni.get() << 8].map(u32::to_be_bytes);
-        let packet = [&header.concat()[..], frame].concat();
+        let packet = [vxlan::Header::new(backend.vni.get()).as_bytes(), frame].concat();
         let socket = self.outer(backend.vtep.is_ipv6()).await?;
         socket.send_to(&packet, (backend.vtep, backend.port)).await?;
         Ok(())
@@ -301,14 +306,6 @@ fn parse(packet: &[u8]) -> Option<(SocketAddr, u32, Answer)> {
     };
     Some((SocketAddr::new(source, tcp.source_port), tcp.acknowledgment_number, answer))
 }
-
-// Classic BPF, as in linux/bpf_common.h.
-const RETURN: u16 = 0x06;
-const LOAD_BYTE: u16 = 0x30;
-const LOAD_HALF: u16 = 0x28;
-const LOAD_HALF_AFTER_X: u16 = 0x48;
-const X_IS_IPV4_HEADER_LEN: u16 = 0xb1;
-const JUMP_IF_EQUAL: u16 = 0x15;
 
 /// Lets in what is for one of these ports, so that the kernel's other traffic costs us nothing.
 fn to_ports(ports: &[u16], v6: bool) -> Vec<SockFilter> {

@@ -7,6 +7,7 @@ use std::{
 };
 
 use clap::ValueEnum;
+use dataplane::wire::vxlan;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -18,8 +19,6 @@ use crate::{
 
 /// What containers are given unless the network says otherwise: 1500 less the tunnel's 50.
 const MTU: u16 = 1450;
-/// What the overlay's UDP port is where an engine does not say.
-const DATA_PATH_PORT: u16 = 4789;
 
 /// All that a manager's engine says, at about one moment.
 #[derive(Debug, Default)]
@@ -149,7 +148,7 @@ fn ingress(
     Some(Ingress {
         name,
         vni: vni.parse().ok()?,
-        port: if cluster.data_path_port == 0 { DATA_PATH_PORT } else { cluster.data_path_port },
+        port: if cluster.data_path_port == 0 { vxlan::PORT } else { cluster.data_path_port },
         mtu: option("com.docker.network.driver.mtu")
             .and_then(|mtu| mtu.parse().ok())
             .unwrap_or(MTU),
