@@ -5,6 +5,7 @@
 //! sockets and the XDP program are gone with it, and only a new start brings them back.
 
 mod announcing;
+mod cutting;
 mod report;
 mod steering;
 mod swarming;
@@ -218,6 +219,7 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
             _ = tick.tick() => {
                 daemon.publisher.retire();
                 daemon.end_drains().await;
+                daemon.end_waits().await;
             }
             _ = relink.tick() => {
                 // At once after the start: what an earlier life has left may be too much.
@@ -300,6 +302,8 @@ struct Daemon {
     placed: Desired,
     /// When the next drain ends.
     drained_at: Option<SystemTime>,
+    /// Why a mesh address has no ports yet, if one has to wait.
+    waits: Option<String>,
     steered: Steered,
     /// What was last wanted to be steered, if it is in full.
     in_step: Option<Arc<Steering>>,
@@ -380,6 +384,7 @@ impl Daemon {
             generation,
             backends: plan.backends.into(),
             drained_at: plan.drained_at,
+            waits: None,
             steered: Steered::default(),
             in_step: None,
             announcing,
@@ -422,6 +427,8 @@ impl Daemon {
         next.next_hops = config.next_hops;
         next.node.answer_arp = config.node.answer_arp;
         let Desired { services: file, overlays } = config.desired;
+        let overlays =
+            overlays.into_iter().map(|overlay| overlay.after(&self.wanted.overlays)).collect();
         let wanted = Wanted { file, overlays, ..self.wanted.clone() };
         // The file goes first: what it wants now may be in the way of the swarm's.
         let (wanted, _) = fit(wanted, &next.node.vteps());
@@ -594,6 +601,16 @@ impl Daemon {
         }
     }
 
+    /// Gives a mesh address its ports that had to wait until another one's last connection ended.
+    async fn end_waits(&mut self) {
+        if !self.planner.has_ports_for_waiting(&self.nat) {
+            return;
+        }
+        if let Err(refused) = self.replan(self.hops.clone()).await {
+            log_refused("a mesh address", &refused);
+        }
+    }
+
     /// Follows changes of our own interfaces.
     ///
     /// # Errors
@@ -687,8 +704,13 @@ impl Daemon {
         // Not by a method: the planner is borrowed mutably beside.
         let (told, own) = ((&hops, &self.verdicts), (&self.interfaces[..], &self.addresses[..]));
         let inputs = inputs(&self.config, told, own, &self.nat);
-        let Plan { forwarding, steer, announced, backends, drained_at } =
+        let Plan { forwarding, steer, announced, backends, drained_at, cut, waits } =
             self.planner.plan(&inputs, now)?;
+        let waits = waits.map(|waits| waits.to_string());
+        if let Some(sentence) = waits.as_ref().filter(|_| waits != self.waits) {
+            warn!("a mesh address waits: {sentence}");
+        }
+        self.waits = waits;
         self.announce_less(&announced).await;
         let before = self.in_step.take();
         let in_step = before.is_some_and(|before| Arc::ptr_eq(&before, &steer));
@@ -702,6 +724,7 @@ impl Daemon {
         self.placed = self.config.desired.clone();
         self.log_unreachable(&before);
         self.acknowledged().await;
+        cutting::cut(&self.nat, &cut, self.fleet.now());
         self.serve_local();
         if !in_step {
             self.steer_more(&steer)?;

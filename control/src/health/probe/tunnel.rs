@@ -27,7 +27,7 @@ use super::{
     super::{Exchange, Home, Target},
     Outcome, direct, failure,
 };
-use crate::desired;
+use crate::{desired, mesh};
 
 /// Ports that SYNs come from, in turn: a backend that missed our RST takes a new SYN from the same port for
 /// a part of the connection before.
@@ -146,9 +146,7 @@ impl Tunnels {
     /// Into the tunnel.
     async fn send(&self, target: &Target, frame: &[u8]) -> io::Result<()> {
         let backend = target.backend();
-        // RFC 7348 section 5: the I flag, and the VNI before the last reserved byte.
-        let header = [0x0800_0000, backend.vni.get() << 8].map(u32::to_be_bytes);
-        let packet = [&header.concat()[..], frame].concat();
+        let packet = [&mesh::vxlan(backend.vni.get()), frame].concat();
         let socket = self.outer(backend.vtep.is_ipv6()).await?;
         socket.send_to(&packet, (backend.vtep, backend.port)).await?;
         Ok(())

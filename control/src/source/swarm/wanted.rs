@@ -32,6 +32,7 @@ pub fn wanted(table: &Table, local: &Local, before: &Wanted, maglev: &Maglev) ->
         owner: Owner::Swarm,
         vni,
         addresses: vec![address.into()],
+        leaving: Vec::new(),
         mac: container_mac(address),
         mtu: Some(ingress.mtu),
         port: ingress.port,
