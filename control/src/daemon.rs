@@ -176,7 +176,7 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
         swarm: swarm::Wanted::default(),
     };
     let swarm = config.source.swarm.as_ref();
-    let swarm = swarm.map(|swarm| Swarm::start(swarm, &config.api, config.maglev.clone()));
+    let swarm = swarm.map(|swarm| Swarm::start(&config, swarm));
     let swarm = swarm.transpose()?;
     let mut daemon = Daemon::start(config, wanted).await?;
     let (shown, views) = watch::channel(daemon.view());
