@@ -31,6 +31,7 @@ use serde::Deserialize;
 pub use self::{
     finding::{ConfigErrors, Finding, LoadError, Warning},
     health::{CheckKind, HealthSpec, written_range},
+    services::MAX_WEIGHT,
     settings::MIN_HANG_TIMEOUT_MS,
     spec::{BackendSpec, Remark, Scheduler, ServiceSpec},
 };
@@ -357,6 +358,8 @@ pub struct Swarm {
     pub managers: Vec<Manager>,
     /// How often a manager's engine is asked for its tasks.
     pub poll_ms: u32,
+    /// Mesh addresses to have: the one that Docker has given this node, and further ones.
+    pub mesh_addresses: u32,
 }
 
 /// Where a Docker engine is.
@@ -437,6 +440,7 @@ impl Default for Swarm {
             engine: Engine::Unix(PathBuf::from("/var/run/docker.sock")),
             managers: Vec::new(),
             poll_ms: 200,
+            mesh_addresses: 1,
         }
     }
 }
@@ -643,10 +647,11 @@ impl Config {
         let maglev = settings::maglev(&written.maglev, report);
         let limits = settings::limits(&written.limits, report);
         let liveness = settings::liveness(&written.liveness, report);
-        let source = sources::sources(&written.source, &api, report);
         let next_hops = services::next_hops(&written.next_hop, report);
         let vteps = settings::vteps(&node, &written.node);
         let overlays = overlays::overlays(&written.overlay, report);
+        let of_overlays = overlays.iter().map(|overlay| overlay.addresses.len()).sum();
+        let source = sources::sources(&written.source, &api, (&nat, of_overlays), report);
         let services =
             services::services(&written.service, &overlays, vteps, &maglev, &limits, report);
         let desired = Desired { services, overlays };

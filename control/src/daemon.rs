@@ -5,6 +5,7 @@
 //! sockets and the XDP program are gone with it, and only a new start brings them back.
 
 mod announcing;
+mod cutting;
 mod report;
 mod steering;
 mod swarming;
@@ -179,7 +180,7 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
         swarm: swarm::Wanted::default(),
     };
     let swarm = config.source.swarm.as_ref();
-    let swarm = swarm.map(|swarm| Swarm::start(swarm, &config.api, config.maglev.clone()));
+    let swarm = swarm.map(|swarm| Swarm::start(&config, swarm));
     let swarm = swarm.transpose()?;
     let mut daemon = Daemon::start(config, wanted).await?;
     let (shown, views) = watch::channel(daemon.view());
@@ -221,6 +222,7 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
             _ = tick.tick() => {
                 daemon.publisher.retire();
                 daemon.end_drains().await;
+                daemon.end_waits().await;
             }
             _ = relink.tick() => {
                 // At once after the start: what an earlier life has left may be too much.
@@ -307,6 +309,8 @@ struct Daemon {
     placed: Desired,
     /// When the next drain ends.
     drained_at: Option<SystemTime>,
+    /// Why a mesh address has no ports yet, if one has to wait.
+    waits: Option<String>,
     steered: Steered,
     /// What was last wanted to be steered, if it is in full.
     in_step: Option<Arc<Steering>>,
@@ -392,6 +396,7 @@ impl Daemon {
             generation,
             backends: plan.backends.into(),
             drained_at: plan.drained_at,
+            waits: None,
             steered: Steered::default(),
             in_step: None,
             announcing,
@@ -435,6 +440,8 @@ impl Daemon {
         next.node.answer_arp = config.node.answer_arp;
         next.liveness = config.liveness;
         let Desired { services: file, overlays } = config.desired;
+        let overlays =
+            overlays.into_iter().map(|overlay| overlay.after(&self.wanted.overlays)).collect();
         let wanted = Wanted { file, overlays, ..self.wanted.clone() };
         // The file goes first: what it wants now may be in the way of the swarm's.
         let (wanted, _) = fit(wanted, &next.node.vteps());
@@ -620,6 +627,16 @@ impl Daemon {
         }
     }
 
+    /// Gives a mesh address its ports that had to wait until another one's last connection ended.
+    async fn end_waits(&mut self) {
+        if !self.planner.has_ports_for_waiting(&self.nat) {
+            return;
+        }
+        if let Err(refused) = self.replan(self.hops.clone()).await {
+            log_refused("a mesh address", &refused);
+        }
+    }
+
     /// Follows changes of our own interfaces.
     ///
     /// # Errors
@@ -713,8 +730,13 @@ impl Daemon {
         // Not by a method: the planner is borrowed mutably beside.
         let (told, own) = ((&hops, &self.verdicts), (&self.interfaces[..], &self.addresses[..]));
         let inputs = inputs(&self.config, told, own, &self.nat);
-        let Plan { forwarding, steer, announced, backends, drained_at } =
+        let Plan { forwarding, steer, announced, backends, drained_at, cut, waits } =
             self.planner.plan(&inputs, now)?;
+        let waits = waits.map(|waits| waits.to_string());
+        if let Some(sentence) = waits.as_ref().filter(|_| waits != self.waits) {
+            warn!("a mesh address waits: {sentence}");
+        }
+        self.waits = waits;
         self.announce_less(&announced).await;
         let before = self.in_step.take();
         let in_step = before.is_some_and(|before| Arc::ptr_eq(&before, &steer));
@@ -728,6 +750,7 @@ impl Daemon {
         self.placed = self.config.desired.clone();
         self.log_unreachable(&before);
         self.acknowledged().await;
+        cutting::cut(&self.nat, &cut, self.fleet.now());
         self.serve_local();
         if !in_step {
             self.steer_more(&steer)?;

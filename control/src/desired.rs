@@ -199,6 +199,8 @@ pub struct Overlay {
     pub vni: Vni,
     /// This node's mesh addresses, IPv4: used by nobody else. At least one.
     pub addresses: Vec<IpAddr>,
+    /// Mesh addresses that it had: they get no new connections, and keep those that they have.
+    pub leaving: Vec<IpAddr>,
     /// Where frames inside the tunnel come from.
     pub mac: MacAddr,
     /// Largest IP packet inside the tunnel, in bytes. `None`: what the way there leaves.
@@ -208,6 +210,14 @@ pub struct Overlay {
 }
 
 impl Overlay {
+    /// The same where these were `before`: what it has no more is leaving.
+    pub fn after(self, before: &[Self]) -> Self {
+        let before = before.iter().filter(|before| before.vni == self.vni);
+        let had = before.flat_map(|before| before.addresses.iter().chain(&before.leaving));
+        let leaving = had.filter(|address| !self.addresses.contains(address)).copied().collect();
+        Self { leaving, ..self }
+    }
+
     /// That of a NAT backend, if packets can be translated to there and their replies come back.
     ///
     /// # Errors
@@ -667,6 +677,7 @@ mod tests {
             owner: Owner::File,
             vni: Vni::new(100).unwrap(),
             addresses: vec!["10.99.1.250".parse().unwrap()],
+            leaving: Vec::new(),
             mac: container_mac([10, 99, 1, 250].into()),
             mtu: None,
             port: 4789,
@@ -703,6 +714,27 @@ mod tests {
         ] {
             assert_eq!(joined(service, overlays).unwrap_err().to_string(), sentence);
         }
+    }
+
+    #[test]
+    fn what_is_taken_out_of_an_overlay_leaves_it_unless_it_comes_back() {
+        let addresses = |all: &[u8]| -> Vec<IpAddr> {
+            all.iter().map(|last| IpAddr::from([10, 99, 1, *last])).collect()
+        };
+        let overlay = |vni, all| Overlay {
+            owner: Owner::File,
+            vni: Vni::new(vni).unwrap(),
+            addresses: addresses(all),
+            leaving: Vec::new(),
+            mac: container_mac([10, 99, 1, 250].into()),
+            mtu: None,
+            port: 4789,
+        };
+        let one = overlay(100, &[250]).after(&[overlay(101, &[7]), overlay(100, &[250, 251])]);
+        assert_eq!((&one.addresses, &one.leaving), (&addresses(&[250]), &addresses(&[251])));
+        let two = overlay(100, &[252]).after(&[one]);
+        assert_eq!(two.leaving, addresses(&[250, 251]));
+        assert_eq!(overlay(100, &[250, 251, 252]).after(&[two]).leaving, addresses(&[]));
     }
 
     #[test]

@@ -9,7 +9,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap, hash_map::Entry},
-    io,
+    io, iter,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     time::Duration,
 };
@@ -17,17 +17,23 @@ use std::{
 use dataplane::wire::{ethernet::MacAddr, vxlan};
 use etherparse::{ArpEthIpv4Packet, ArpOperation, ArpPacket, PacketBuilder};
 use socket2::{Domain, Socket, Type};
-use tokio::{net::UdpSocket, sync::watch, time};
+use tokio::{
+    net::UdpSocket,
+    sync::watch,
+    time::{self, Instant},
+};
 use tracing::debug;
 use zerocopy::IntoBytes;
 
 use crate::{
-    desired::{Desired, Mode},
+    desired::{Desired, Mode, Overlay, Owner},
     watching,
 };
 
 /// How often everything is taught again: well before a device's 300 s or a kernel's 60 s have passed.
 const AGAIN: Duration = Duration::from_secs(30);
+/// The same where nobody answers the kernel's questions: before it would have some, after 15 s at the earliest.
+const ALONE_AGAIN: Duration = Duration::from_secs(10);
 /// What is new is taught twice: the first may wait for the outer neighbour in vain.
 const SOON: Duration = Duration::from_secs(1);
 /// Lessons sent at once, and the pause after them: a large mesh is not to be a burst.
@@ -46,27 +52,73 @@ struct Lesson {
     task: (Ipv4Addr, MacAddr),
     /// What it is to learn.
     mesh: (Ipv4Addr, MacAddr),
+    /// Whether nothing else will tell it: Docker's devices let no question out, and answer for what Docker
+    /// knows only.
+    alone: bool,
 }
 
 impl Lesson {
     /// What goes into the tunnel: who has the task's address, tell the mesh address.
     fn packet(&self) -> Vec<u8> {
-        let mut packet = vxlan::Header::new(self.vni).as_bytes().to_vec();
-        let ((task, task_mac), (mesh, mesh_mac)) = (self.task, self.mesh);
-        let question = ArpEthIpv4Packet {
-            operation: ArpOperation::REQUEST,
-            sender_mac: mesh_mac.0,
-            sender_ipv4: mesh.octets(),
-            target_mac: [0; 6],
-            target_ipv4: task.octets(),
+        self.arp(false).in_tunnel(self.vni)
+    }
+
+    /// After a question a kernel has a neighbour that it will soon ask whether it is still there; after an
+    /// answer one that it believes in for at least 15 s.
+    fn confirmation(&self) -> Option<Vec<u8>> {
+        self.alone.then(|| self.arp(true).in_tunnel(self.vni))
+    }
+
+    fn arp(&self, is_answer: bool) -> Arp {
+        let (task, to) = self.task;
+        Arp { sender: self.mesh, asked: task, to, is_answer }
+    }
+}
+
+/// What is said by ARP, RFC 826.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Arp {
+    sender: (Ipv4Addr, MacAddr),
+    asked: Ipv4Addr,
+    /// Who hears it.
+    to: MacAddr,
+    is_answer: bool,
+}
+
+impl Arp {
+    /// Whether anybody has the address, RFC 5227 section 2.1.1.
+    pub fn probe(mac: MacAddr, address: Ipv4Addr) -> Self {
+        let sender = (Ipv4Addr::UNSPECIFIED, mac);
+        Self { sender, asked: address, to: BROADCAST, is_answer: false }
+    }
+
+    /// That this one has it. An answer, where RFC 5227 section 2.3 has a question: one for an address of its
+    /// own another node's workers would answer, and its control not hear.
+    pub fn announcement(mac: MacAddr, address: Ipv4Addr) -> Self {
+        Self { sender: (address, mac), asked: address, to: BROADCAST, is_answer: true }
+    }
+
+    /// In its frame and VXLAN: the payload of a tunnel's UDP.
+    pub fn in_tunnel(&self, vni: u32) -> Vec<u8> {
+        let Self { sender: (sender, sender_mac), asked, to, is_answer } = self;
+        let said = ArpEthIpv4Packet {
+            operation: if *is_answer { ArpOperation::REPLY } else { ArpOperation::REQUEST },
+            sender_mac: sender_mac.0,
+            sender_ipv4: sender.octets(),
+            target_mac: if *is_answer { to.0 } else { [0; 6] },
+            target_ipv4: asked.octets(),
         };
-        PacketBuilder::ethernet2(mesh_mac.0, task_mac.0)
-            .arp(ArpPacket::from(question))
+        let mut packet = vxlan::Header::new(vni).as_bytes().to_vec();
+        PacketBuilder::ethernet2(sender_mac.0, to.0)
+            .arp(ArpPacket::from(said))
             .write(&mut packet)
             .expect("a vector takes everything");
         packet
     }
 }
+
+/// Everybody's.
+pub const BROADCAST: MacAddr = MacAddr([0xff; 6]);
 
 /// All that is to be taught. `home` is whether there is a way to what runs on this very node. Who is `lost` hears
 /// nothing, and may forget: when it is back, what it is to learn is new.
@@ -86,14 +138,18 @@ fn lessons(
         }
         let Some(IpAddr::V4(task)) = backend.address else { continue };
         let its = desired.overlays.iter().filter(|overlay| overlay.vni == backend.vni);
-        for (overlay, mesh) in its.flat_map(|o| o.addresses.iter().map(move |mesh| (o, mesh))) {
-            let IpAddr::V4(mesh) = *mesh else { continue };
+        // One that is leaving still gets answers.
+        let both = |o: &'_ Overlay| [&o.addresses[..], &o.leaving].concat().into_iter().enumerate();
+        for (overlay, (index, mesh)) in its.flat_map(|o| both(o).map(move |mesh| (o, mesh))) {
+            let IpAddr::V4(mesh) = mesh else { continue };
             all.insert(Lesson {
                 end: SocketAddr::new(backend.vtep, backend.port),
                 home,
                 vni: backend.vni.get(),
                 task: (task, backend.mac),
                 mesh: (mesh, overlay.mac),
+                // Docker has given the first one.
+                alone: overlay.owner == Owner::Swarm && index > 0,
             });
         }
     }
@@ -134,18 +190,19 @@ struct Teaching {
 impl Teaching {
     async fn run(mut self) {
         let mut taught = BTreeSet::new();
-        let mut wait = AGAIN;
+        let (mut all_at, mut alone_at) = (Instant::now() + AGAIN, Instant::now() + ALONE_AGAIN);
         loop {
-            let new = match time::timeout(wait, self.told.changed()).await {
+            let next = all_at.min(alone_at);
+            let new = match time::timeout_at(next, self.told.changed()).await {
                 Ok(Err(_)) => return,
                 Ok(Ok(())) => true,
                 Err(_) => false,
             };
-            let wanted = self.told.borrow_and_update().clone();
-            let due: Vec<Lesson> = match new {
-                true => wanted.difference(&taught).copied().collect(),
-                false => wanted.iter().copied().collect(),
-            };
+            let (wanted, now) = (self.told.borrow_and_update().clone(), Instant::now());
+            let (all, alone) = (all_at <= now, alone_at <= now);
+            let is_due =
+                |lesson: &&Lesson| all || (alone && lesson.alone) || !taught.contains(*lesson);
+            let due: Vec<Lesson> = wanted.iter().filter(is_due).copied().collect();
             for some in due.chunks(AT_ONCE) {
                 for lesson in some {
                     if let Err(error) = self.teach(lesson).await {
@@ -155,7 +212,10 @@ impl Teaching {
                 }
                 time::sleep(PAUSE).await;
             }
-            wait = if new { SOON } else { AGAIN };
+            all_at = if all { now + AGAIN } else { all_at };
+            alone_at = if alone { now + ALONE_AGAIN } else { alone_at };
+            // Changes may go on for ever: they must not put anything off.
+            all_at = if new { all_at.min(now + SOON) } else { all_at };
             taught = wanted;
         }
     }
@@ -166,7 +226,9 @@ impl Teaching {
             Entry::Occupied(there) => there.into_mut(),
             Entry::Vacant(free) => free.insert(bound(from, lesson.home)?),
         };
-        socket.send_to(&lesson.packet(), lesson.end).await?;
+        for packet in iter::once(lesson.packet()).chain(lesson.confirmation()) {
+            socket.send_to(&packet, lesson.end).await?;
+        }
         Ok(())
     }
 
@@ -252,6 +314,26 @@ mod tests {
         assert_eq!(arp.target_protocol_addr(), [10, 99, 1, 2]);
     }
 
+    #[test]
+    fn what_docker_knows_nothing_of_is_confirmed_for_no_device_answers_for_it() {
+        let mut desired = desired(4789);
+        let confirmed = |desired: &Desired| {
+            let all = lessons(desired, (&[], &BTreeSet::new()), false);
+            let all = all.iter().filter_map(|lesson| Some((lesson.mesh.0, lesson.confirmation()?)));
+            all.collect::<Vec<_>>()
+        };
+        assert!(confirmed(&desired).is_empty(), "workers answer what stock devices ask");
+        desired.overlays[0].owner = Owner::Swarm;
+        let all = confirmed(&desired);
+        assert!(all.len() == 2 && all.iter().all(|(mesh, _)| mesh.octets()[3] == 251), "{all:?}");
+        let inner = SlicedPacket::from_ethernet(&all[0].1[8..]).unwrap();
+        let Some(NetSlice::Arp(arp)) = &inner.net else { panic!("{inner:?}") };
+        assert_eq!(arp.operation(), ArpOperation::REPLY);
+        assert_eq!(arp.sender_protocol_addr(), [10, 99, 1, 251]);
+        let Some(LinkSlice::Ethernet2(ethernet)) = &inner.link else { panic!("{inner:?}") };
+        assert_eq!(ethernet.destination()[..2], [2, 0x42], "by unicast: else it would not count");
+    }
+
     #[tokio::test]
     async fn a_backend_is_taught_at_once_and_again_and_only_what_is_new_or_may_be_forgotten() {
         let backend = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
@@ -282,5 +364,9 @@ mod tests {
         let begun = time::Instant::now();
         assert_eq!(heard(3).await, [250, 251, 252]);
         assert!(begun.elapsed() < SOON * 4 / 5, "at once when it is back, and not by the way");
+        // Who leaves still gets answers.
+        desired.overlays[0].leaving.push(IpAddr::from([10, 99, 1, 253]));
+        teacher.want(&desired, &own, &all);
+        assert_eq!(heard(1).await, [253]);
     }
 }

@@ -36,7 +36,7 @@ use self::{
 };
 use crate::{
     config::NextHop,
-    desired::{self, Backend, Desired, Drain, Mode, Overlay, Scheduler, Service},
+    desired::{self, Backend, Desired, Drain, Mode, Overlay, Owner, Scheduler, Service},
     health::{AllDown, OnDown, Verdict, Verdicts},
     link::LinkIndex,
     next_hop::HopState,
@@ -108,6 +108,10 @@ pub struct Plan {
     pub backends: Vec<Placement>,
     /// When the next drain ends.
     pub drained_at: Option<SystemTime>,
+    /// Banks of mesh addresses that are translated no more: what is left of their connections is to be ended.
+    pub cut: Vec<u16>,
+    /// Why a swarm's mesh address has to wait for ports, if one has to.
+    pub waits: Option<PlanError>,
 }
 
 /// Where a backend ended up.
@@ -208,7 +212,18 @@ pub struct Planner {
     surroundings: Surroundings,
     steer: Arc<Steering>,
     banks: Banks,
+    meshed: Vec<Meshed>,
+    waits: bool,
     announced: BTreeSet<IpAddr>,
+}
+
+/// A mesh address with its bank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Meshed {
+    owner: banks::Owner,
+    bank: u16,
+    /// Whether it gets new connections.
+    takes: bool,
 }
 
 /// A service with all that was made of it: the next plan takes it as it is, if nothing about it has changed.
@@ -333,6 +348,8 @@ impl Planner {
             surroundings: Surroundings::default(),
             steer: Arc::default(),
             banks: Banks::default(),
+            meshed: Vec::new(),
+            waits: false,
             announced: BTreeSet::new(),
         }
     }
@@ -344,11 +361,11 @@ impl Planner {
     pub fn plan(&mut self, inputs: &Inputs<'_>, now: Tick) -> Result<Plan, PlanError> {
         self.slots.free_rested(now);
         let planned = self.services(inputs, now).and_then(|(services, made)| {
-            let (overlays, banks) = self.overlays(inputs)?;
-            let forwarding = self.forwarding((inputs, overlays), &services)?;
-            Ok((services, made, forwarding, banks))
+            let (banks, meshed, waits) = self.meshed(inputs)?;
+            let forwarding = self.forwarding((inputs, overlays(inputs, &meshed)), &services)?;
+            Ok((services, made, forwarding, (banks, meshed, waits)))
         });
-        let (services, made, forwarding, banks) = match planned {
+        let (services, made, forwarding, (banks, meshed, waits)) = match planned {
             Ok(planned) => planned,
             Err(refused) => {
                 self.slots.undo();
@@ -356,12 +373,21 @@ impl Planner {
             }
         };
         self.slots.keep();
-        self.banks = banks;
-        self.remember(inputs, &services, &made);
+        let cut = cut(inputs.desired, &banks, &meshed);
+        (self.banks, self.waits) = (banks, waits.is_some());
+        self.remember(inputs, (&services, &made), meshed);
         let placements = services.iter().flat_map(|planned| planned.placements.iter().cloned());
         let drained_at = services.iter().filter_map(|planned| planned.drained_at).min();
         let (steer, announced) = (self.steer.clone(), self.announced.clone());
-        Ok(Plan { forwarding, steer, announced, backends: placements.collect(), drained_at })
+        let backends = placements.collect();
+        Ok(Plan { forwarding, steer, announced, backends, drained_at, cut, waits })
+    }
+
+    /// Whether a mesh address waits for ports and there are some now.
+    pub fn has_ports_for_waiting(&self, slots: &nat::Slots) -> bool {
+        let takes = |bank| self.meshed.iter().any(|meshed| meshed.takes && meshed.bank == bank);
+        let is_free = |bank: &u16| !takes(*bank) && slots.used(*bank) == 0;
+        self.waits && (0..).take(slots.banks()).any(|bank| is_free(&bank))
     }
 
     /// All services, in order: as they were, or made anew. And which are the latter, by their index.
@@ -511,28 +537,37 @@ impl Planner {
         (maglev, schedule)
     }
 
-    /// The overlays, each mesh address with its bank, and who has which bank then.
-    fn overlays(
+    /// Who has which bank, and the mesh addresses that packets are translated at: those that are wanted, and
+    /// those that are leaving and still have connections. And why one has to wait for its ports.
+    fn meshed(
         &self,
         inputs: &Inputs<'_>,
-    ) -> Result<(Vec<forwarding::Overlay>, Banks), PlanError> {
-        let Some(slots) = inputs.nat else { return Ok((Vec::new(), Banks::default())) };
-        let of = |overlay: &Overlay| {
+    ) -> Result<(Banks, Vec<Meshed>, Option<PlanError>), PlanError> {
+        let Some(slots) = inputs.nat else { return Ok(Default::default()) };
+        let overlays = &inputs.desired.overlays;
+        let of = |overlay: &Overlay, addresses: &[IpAddr]| {
             let vni = overlay.vni.get();
-            overlay.addresses.iter().map(move |address| (vni, *address)).collect::<Vec<_>>()
+            addresses.iter().map(move |address| (vni, *address)).collect::<Vec<_>>()
         };
-        let wanted: Vec<_> = inputs.desired.overlays.iter().flat_map(of).collect();
-        let banks = self.banks.given(&wanted, slots.banks(), |bank| slots.used(bank) == 0)?;
-        let overlay = |overlay: &Overlay| forwarding::Overlay {
-            vni: overlay.vni.get(),
-            udp_port: overlay.port,
-            mac: overlay.mac,
-            mesh: of(overlay)
-                .into_iter()
-                .filter_map(|owner| Some(Mesh { bank: banks.of(owner)?, address: owner.1.into() }))
-                .collect(),
+        let wanted: Vec<_> = overlays.iter().flat_map(|o| of(o, &o.addresses)).collect();
+        let is_empty = |bank| slots.used(bank) == 0;
+        let (banks, short) = self.banks.given(&wanted, slots.banks(), is_empty);
+        // An operator who asks for too many is told. A swarm's come and go by themselves: they wait.
+        let mut of_file = overlays.iter().filter(|overlay| overlay.owner == Owner::File);
+        let missing = |overlay: &Overlay| {
+            of(overlay, &overlay.addresses).iter().any(|owner| banks.of(*owner).is_none())
         };
-        Ok((inputs.desired.overlays.iter().map(overlay).collect(), banks))
+        let short = match short {
+            Some(refused) if of_file.any(missing) => return Err(refused),
+            short => short,
+        };
+        let leaving = overlays.iter().flat_map(|o| of(o, &leaving(inputs.desired, o)));
+        let (takes, leaves) = (wanted.iter().map(|o| (*o, true)), leaving.map(|o| (o, false)));
+        let meshed = takes
+            .chain(leaves)
+            .filter_map(|(owner, takes)| Some(Meshed { owner, bank: banks.of(owner)?, takes }));
+        let meshed = meshed.collect();
+        Ok((banks, meshed, short))
     }
 
     /// Puts the snapshot together.
@@ -579,8 +614,16 @@ impl Planner {
     }
 
     /// Notes what the next plan is to start from.
-    fn remember(&mut self, inputs: &Inputs<'_>, services: &[Arc<Planned>], made: &[usize]) {
+    fn remember(
+        &mut self,
+        inputs: &Inputs<'_>,
+        (services, made): (&[Arc<Planned>], &[usize]),
+        meshed: Vec<Meshed>,
+    ) {
         let still = self.surroundings.still(inputs);
+        // An address may get its ports, or lose them, while all else is as it was.
+        let same_mesh = self.meshed == meshed;
+        self.meshed = meshed;
         let made = || made.iter().map(|index| &services[*index]);
         let steers_like = |planned: &Arc<Planned>| {
             let before = self.planned.get(&planned.service.name);
@@ -595,8 +638,8 @@ impl Planner {
                 .collect(),
             false => BTreeSet::new(),
         };
-        if !(still && same_vips && announced == self.announced) {
-            self.steer = Arc::new(steer((inputs, &self.banks), services, &announced));
+        if !(still && same_vips && same_mesh && announced == self.announced) {
+            self.steer = Arc::new(steer((inputs, &self.meshed), services, &announced));
         }
         self.announced = announced;
         for planned in made() {
@@ -631,6 +674,46 @@ fn on_all_cores<'a, T: Sync, R: Send>(items: &'a [T], map: impl Fn(&T) -> R + Sy
         };
         parts.into_iter().flat_map(finish).collect()
     })
+}
+
+/// The mesh addresses that an overlay had and that nobody has needed since.
+fn leaving(desired: &Desired, overlay: &Overlay) -> Vec<IpAddr> {
+    if overlay.leaving.is_empty() {
+        return Vec::new();
+    }
+    let all = desired.backends().filter(|(_, backend)| backend.vni == overlay.vni);
+    let tasks: HashSet<IpAddr> = all.filter_map(|(_, backend)| backend.address).collect();
+    let free = |address: &&IpAddr| !tasks.contains(address) && !overlay.addresses.contains(address);
+    overlay.leaving.iter().filter(free).copied().collect()
+}
+
+/// Banks of addresses that this node has no more in an overlay that it is in. One that is gone as a whole may
+/// only be gone for a moment, as while Docker starts again, and its services with it.
+fn cut(desired: &Desired, banks: &Banks, meshed: &[Meshed]) -> Vec<u16> {
+    let is_here = |vni| desired.overlays.iter().any(|overlay| overlay.vni.get() == vni);
+    let gone = banks.iter().filter(|(owner, bank)| {
+        is_here(owner.0) && meshed.iter().all(|meshed| meshed.bank != *bank)
+    });
+    gone.map(|(_, bank)| bank).collect()
+}
+
+/// The overlays for workers. What is leaving is in further ones behind them, which no service refers to: so
+/// answers find it, and new connections don't.
+fn overlays(inputs: &Inputs<'_>, meshed: &[Meshed]) -> Vec<forwarding::Overlay> {
+    let overlays = inputs.desired.overlays.iter().filter(|_| inputs.nat.is_some());
+    let overlay = |overlay: &Overlay, takes: bool| {
+        let vni = overlay.vni.get();
+        let its = meshed.iter().filter(|meshed| meshed.owner.0 == vni && meshed.takes == takes);
+        forwarding::Overlay {
+            vni,
+            udp_port: overlay.port,
+            mac: overlay.mac,
+            mesh: its.map(|m| Mesh { bank: m.bank, address: m.owner.1.into() }).collect(),
+        }
+    };
+    let takes = overlays.clone().map(|one| overlay(one, true));
+    let leaves = overlays.map(|one| overlay(one, false));
+    takes.chain(leaves.filter(|overlay| !overlay.mesh.is_empty())).collect()
 }
 
 /// What is thought of a backend, if its service has checks.
@@ -741,7 +824,7 @@ fn prefix(network: &IpNet) -> Prefix {
 }
 
 fn steer(
-    (inputs, banks): (&Inputs<'_>, &Banks),
+    (inputs, meshed): (&Inputs<'_>, &[Meshed]),
     services: &[Arc<Planned>],
     announced: &BTreeSet<IpAddr>,
 ) -> Steering {
@@ -766,12 +849,11 @@ fn steer(
             let (address, protocol, port) = ((*address).into(), protocol::UDP, overlay.port);
             keys.insert(steer::Key::Port { address, protocol, port }, steer::TUNNEL);
         }
-        for address in &overlay.addresses {
-            let vni = overlay.vni.get();
-            let Some(bank) = banks.of((vni, *address)) else { continue };
-            let flags = steer::ANSWER_ARP | steer::taken(bank);
-            keys.insert(steer::Key::Mesh { vni, address: (*address).into() }, flags);
-        }
+    }
+    for Meshed { owner: (vni, address), bank, takes } in meshed {
+        // Whoever asks for one that is leaving is to find its next owner.
+        let flags = steer::taken(*bank) | if *takes { steer::ANSWER_ARP } else { 0 };
+        keys.insert(steer::Key::Mesh { vni: *vni, address: (*address).into() }, flags);
     }
     keys
 }

@@ -419,6 +419,8 @@ mod tests {
                 fresh: false,
                 reason: Some("/var/run/docker.sock does not tell".to_owned()),
                 mesh_address: Some([10, 0, 0, 2].into()),
+                further_mesh_addresses: vec![[10, 0, 0, 254].into()],
+                leaving_mesh_addresses: vec![[10, 0, 0, 253].into()],
                 nodes: 3,
                 services: 1,
                 tasks: 2,
@@ -441,7 +443,7 @@ mod tests {
 n1: wiremesh 0.1.0, ready, generation 4
 the last change was refused: wiremesh.toml:3:1: unknown key
 80/tcp is taken
-swarm 6f13ps22m3ch by its engine: 3 nodes, 1 services, 2 tasks, mesh address 10.0.0.2
+swarm 6f13ps22m3ch by its engine: 3 nodes, 1 services, 2 tasks, mesh address 10.0.0.2, 10.0.0.254, 10.0.0.253 (leaving)
   as last known: /var/run/docker.sock does not tell
   the network `ingress` is encrypted
 worker 0 on core 2: 1203 packets in, 1200 out

@@ -158,6 +158,7 @@ pub struct Swarm {
     pub cert_path: Key<String>,
     pub managers: Key<Vec<Spanned<String>>>,
     pub poll_ms: Key<i64>,
+    pub mesh_addresses: Key<i64>,
 }
 
 /// `[[next_hop]]`

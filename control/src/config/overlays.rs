@@ -48,7 +48,15 @@ fn overlay(
     };
     let mtu = mtu(&keys.mtu, None, report);
     let port = port("port", &keys.port, vxlan::PORT, report);
-    Some(Overlay { owner: Owner::File, vni: vni?.0, addresses, mac: mac?, mtu, port })
+    Some(Overlay {
+        owner: Owner::File,
+        vni: vni?.0,
+        addresses,
+        leaving: Vec::new(),
+        mac: mac?,
+        mtu,
+        port,
+    })
 }
 
 fn addresses(written: &Spanned<Vec<Spanned<String>>>, report: &mut Report) -> Vec<IpAddr> {

@@ -23,7 +23,7 @@ use crate::desired::{
 };
 
 /// Largest share of new connections that one backend can have.
-const MAX_WEIGHT: u16 = 1000;
+pub const MAX_WEIGHT: u16 = 1000;
 /// What every IPv4 host has to be able to receive, RFC 791 section 3.1.
 const MIN_MTU_IPV4: u16 = 576;
 /// What every IPv6 link has to carry, RFC 8200 section 5.

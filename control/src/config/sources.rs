@@ -2,10 +2,11 @@
 
 use std::{net::IpAddr, path::PathBuf};
 
+use dataplane::nat::MAX_BANKS;
 use toml::Spanned;
 
 use super::{
-    Api, Engine, Manager, Sources, Swarm,
+    Api, Engine, Manager, Nat, Sources, Swarm,
     file::{self, Key},
     finding::Report,
     settings::{absolute, number, socket_path},
@@ -14,9 +15,33 @@ use super::{
 /// Daemons of managers: a swarm has 7 of these at most, if it follows Docker's advice.
 const MAX_MANAGERS: usize = 16;
 
-pub fn sources(written: &file::Sources, api: &Api, report: &mut Report) -> Sources {
-    let swarm = written.swarm.as_ref();
-    Sources { swarm: swarm.map(|swarm| self::swarm(swarm.get_ref(), api, report)) }
+/// `of_overlays` are the mesh addresses that [[overlay]] tables have.
+pub fn sources(
+    written: &file::Sources,
+    api: &Api,
+    (nat, of_overlays): (&Nat, usize),
+    report: &mut Report,
+) -> Sources {
+    let swarm = written.swarm.as_ref().map(|written| {
+        let swarm = swarm(written.get_ref(), api, report);
+        let room = (nat.addresses as usize).saturating_sub(of_overlays);
+        if swarm.mesh_addresses as usize > room {
+            let key = &written.get_ref().mesh_addresses;
+            let at = key.as_ref().map_or_else(|| written.span(), Spanned::span);
+            let message = format!(
+                "`mesh_addresses` is {}, and nat.addresses leaves room for {room}",
+                swarm.mesh_addresses
+            );
+            let needed = of_overlays + swarm.mesh_addresses as usize;
+            let remedy = match needed {
+                ..=MAX_BANKS => format!("nat.addresses = {needed} or more"),
+                _ => format!("at most {MAX_BANKS}, with those of [[overlay]]"),
+            };
+            report.error(at, message, remedy);
+        }
+        swarm
+    });
+    Sources { swarm }
 }
 
 fn swarm(written: &file::Swarm, api: &Api, report: &mut Report) -> Swarm {
@@ -30,10 +55,12 @@ fn swarm(written: &file::Swarm, api: &Api, report: &mut Report) -> Swarm {
         report.error(key.span(), message, "leave it out, or have `socket = \"tcp://HOST:2376\"`");
     }
     let poll = (defaults.poll_ms, 20..=10_000);
+    let addresses = (defaults.mesh_addresses, 1..=MAX_BANKS as u32);
     Swarm {
         engine,
         managers: managers(&written.managers, api, report),
         poll_ms: number("poll_ms", &written.poll_ms, poll, report),
+        mesh_addresses: number("mesh_addresses", &written.mesh_addresses, addresses, report),
     }
 }
 

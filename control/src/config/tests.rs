@@ -909,11 +909,18 @@ fn a_swarm_that_cannot_be_read_is_refused_at_its_place() {
         ("managers = [\"http://10.0.0.1:9443\"]", "https://, or a loopback address"),
         ("managers = [\"https://10.0.0.1:9443\"]", "add `certificate`, `key` and `client_ca`"),
         ("poll_ms = 19", "`poll_ms` is 19"),
+        ("mesh_addresses = 0", "`mesh_addresses` is 0, out of its range: 1 to 16"),
+        ("mesh_addresses = 5", "nat.addresses leaves room for 4: nat.addresses = 5 or more"),
         ("poll = 200", "unknown key `poll`: did you mean `poll_ms`?"),
     ] {
         let errors = errors(&format!("[source.swarm]\n{keys}\n"));
         assert!(errors.len() == 1 && errors[0].contains(message), "{keys}: {errors:?}");
     }
+    let overlay = "[[overlay]]\nvni = 9\naddresses = [\"10.9.0.9\"]\n";
+    let errors =
+        errors(&format!("[nat]\naddresses = 16\n{overlay}[source.swarm]\nmesh_addresses = 16\n"));
+    let message = "room for 15: at most 16, with those of [[overlay]]";
+    assert!(errors.len() == 1 && errors[0].contains(message), "{errors:?}");
     let good = "socket = \"tcp://[::1]:2375\"\n\
                 managers = [\"https://m1:9443/\", \"http://127.0.0.1:9180\"]\n";
     let swarm = config(&format!("{tls}[source.swarm]\n{good}")).source.swarm.unwrap();

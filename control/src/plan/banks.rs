@@ -17,17 +17,20 @@ impl Banks {
         self.0.get(&owner).copied()
     }
 
+    /// All that are somebody's.
+    pub fn iter(&self) -> impl Iterator<Item = (Owner, u16)> {
+        self.0.iter().map(|(owner, bank)| (*owner, *bank))
+    }
+
     /// The same with a bank for all that are wanted. Who has one keeps it; that of one who is wanted no more
-    /// is given to others once it `is_empty`.
-    ///
-    /// # Errors
-    /// If none is free.
+    /// is given to others once it `is_empty`. And why the first one got none for whom none is free.
     pub fn given(
         &self,
         wanted: &[Owner],
         limit: usize,
         is_empty: impl Fn(u16) -> bool,
-    ) -> Result<Self, PlanError> {
+    ) -> (Self, Option<PlanError>) {
+        let mut short = None;
         let mut banks = self.0.clone();
         banks.retain(|owner, bank| wanted.contains(owner) || !is_empty(*bank));
         for owner in wanted {
@@ -35,16 +38,18 @@ impl Banks {
                 continue;
             }
             let is_free = |bank: &u16| !banks.values().any(|taken| taken == bank);
-            let free = (0..).take(limit).find(is_free);
-            let bank = free.ok_or_else(|| PlanError::NoBank {
-                vni: owner.0,
-                address: owner.1,
-                resting: banks.keys().filter(|owner| !wanted.contains(owner)).count(),
-                limit,
-            })?;
+            let Some(bank) = (0..).take(limit).find(is_free) else {
+                short.get_or_insert_with(|| PlanError::NoBank {
+                    vni: owner.0,
+                    address: owner.1,
+                    resting: banks.keys().filter(|owner| !wanted.contains(owner)).count(),
+                    limit,
+                });
+                continue;
+            };
             banks.insert(*owner, bank);
         }
-        Ok(Self(banks))
+        (Self(banks), short)
     }
 }
 
@@ -59,17 +64,17 @@ mod tests {
     #[test]
     fn a_bank_is_given_to_another_address_only_when_its_last_connection_has_ended() {
         let [a, b, c] = [owner(1), owner(2), owner(3)];
-        let banks = Banks::default().given(&[a, b], 2, |_| true).unwrap();
+        let (banks, short) = Banks::default().given(&[a, b], 2, |_| true);
+        assert!(short.is_none());
         assert_eq!((banks.of(a), banks.of(b)), (Some(0), Some(1)));
         // In another order, and without the first, which still has connections.
-        let refused = banks.given(&[c, b], 2, |bank| bank != 0).unwrap_err().to_string();
-        assert!(
-            refused.contains("10.99.1.3") && refused.contains("nat.addresses is 2"),
-            "{refused}"
-        );
-        let banks = banks.given(&[b], 2, |bank| bank != 0).unwrap();
+        let (others, short) = banks.given(&[c, b], 2, |bank| bank != 0);
+        let why = short.unwrap().to_string();
+        assert!(why.contains("10.99.1.3") && why.contains("nat.addresses is 2"), "{why}");
+        assert_eq!((others.of(b), others.of(c)), (Some(1), None));
+        let (banks, _) = banks.given(&[b], 2, |bank| bank != 0);
         assert_eq!(banks.of(a), Some(0), "it may come back");
-        let banks = banks.given(&[c, b], 2, |_| true).unwrap();
+        let (banks, _) = banks.given(&[c, b], 2, |_| true);
         assert_eq!((banks.of(a), banks.of(b), banks.of(c)), (None, Some(1), Some(0)));
     }
 }

@@ -868,3 +868,105 @@ fn a_mesh_address_keeps_its_bank_and_one_too_many_is_refused_and_changes_nothing
     world.config.desired = addresses("[\"10.99.1.251\"]");
     assert_eq!(banks(&world).unwrap(), [(second, 1)]);
 }
+
+/// The same overlay, of a swarm, with these addresses.
+fn swarms(world: &mut World, addresses: &[&str], leaving: &[&str]) {
+    let parsed = |all: &[&str]| all.iter().map(|address| address.parse().unwrap()).collect();
+    let overlay = &mut world.config.desired.overlays[0];
+    overlay.owner = Owner::Swarm;
+    (overlay.addresses, overlay.leaving) = (parsed(addresses), parsed(leaving));
+}
+
+fn mesh_key(last: u8) -> steer::Key {
+    steer::Key::Mesh { vni: 100, address: Address::v4([10, 99, 1, last]) }
+}
+
+/// A connection by a bank's port.
+fn connect(slots: &nat::Slots, bank: u16, last: u8) -> (nat::Id, nat::State) {
+    let mesh = [Mesh { bank, address: Address::v4([10, 99, 1, last]) }];
+    let key = dataplane::flow::FlowKey {
+        src: Address::v4([198, 51, 100, 7]),
+        dst: Address::v4([10, 0, 0, 1]),
+        src_port: 40_000 + u16::from(last),
+        dst_port: 80,
+        protocol: 6,
+    };
+    let to = slots.open(&mesh, u64::from(last) << 40 | 1, Tick(0), |mesh| nat::Connection {
+        key,
+        task: Address::v4([10, 99, 1, 2]),
+        task_port: 80,
+        mesh,
+        backend: 0,
+        way: nat::Way::default(),
+    });
+    to.map(|to| (to.id, to.state)).unwrap()
+}
+
+#[test]
+fn a_mesh_address_that_leaves_keeps_its_connections_until_its_next_owner_needs_it() {
+    let slots = nat::Slots::new(2, nat::Timeouts::default(), 1024..=u16::MAX).unwrap();
+    let slots: &'static nat::Slots = Box::leak(Box::new(slots));
+    let mut world = World { nat: Some(slots), ..nat_world(NAT) };
+    let mut planner = planner(16);
+    swarms(&mut world, &["10.99.1.250", "10.99.1.251"], &[]);
+    planner.plan(&world.inputs(), Tick(0)).unwrap();
+    connect(slots, 1, 251);
+
+    swarms(&mut world, &["10.99.1.250"], &["10.99.1.251"]);
+    let plan = planner.plan(&world.inputs(), Tick(1)).unwrap();
+    let overlays = plan.forwarding.overlays();
+    let left = Address::v4([10, 99, 1, 251]);
+    assert_eq!(plan.forwarding.mesh_at(100, left), Some((1, 1)), "answers are translated");
+    let service = plan.forwarding.service(0).unwrap().nat.as_ref().unwrap();
+    let takes = &overlays[service.overlay as usize].mesh;
+    assert!(takes.iter().all(|mesh| mesh.address != left), "nothing new comes: {takes:?}");
+    assert_eq!(plan.steer[&mesh_key(251)], steer::taken(1), "nor are questions answered");
+    assert!(plan.cut.is_empty());
+
+    // Its next owner has come: a task.
+    let mut desired = world.config.desired.clone();
+    let mut shop = (*desired.services[0]).clone();
+    shop.backends[0].address = Some("10.99.1.251".parse().unwrap());
+    desired.services[0] = shop.into();
+    let before = std::mem::replace(&mut world.config.desired, desired);
+    let plan = planner.plan(&world.inputs(), Tick(2)).unwrap();
+    assert_eq!((plan.forwarding.mesh_at(100, left), &plan.cut[..]), (None, &[1][..]));
+    assert!(!plan.steer.contains_key(&mesh_key(251)));
+    // Or another's, of whom only the source knows.
+    world.config.desired = before;
+    swarms(&mut world, &["10.99.1.250"], &[]);
+    let plan = planner.plan(&world.inputs(), Tick(3)).unwrap();
+    assert_eq!((plan.forwarding.mesh_at(100, left), &plan.cut[..]), (None, &[1][..]));
+    // Docker starts again: that shall harm no connection.
+    let before = std::mem::take(&mut world.config.desired);
+    assert!(planner.plan(&world.inputs(), Tick(4)).unwrap().cut.is_empty());
+    world.config.desired = before;
+    swarms(&mut world, &["10.99.1.250", "10.99.1.251"], &[]);
+    let plan = planner.plan(&world.inputs(), Tick(5)).unwrap();
+    assert_eq!(plan.forwarding.mesh_at(100, left), Some((0, 1)), "it goes on");
+}
+
+#[test]
+fn a_swarms_mesh_address_waits_until_there_are_ports_for_it() {
+    let slots = nat::Slots::new(2, nat::Timeouts::default(), 1024..=u16::MAX).unwrap();
+    let slots: &'static nat::Slots = Box::leak(Box::new(slots));
+    let mut world = World { nat: Some(slots), ..nat_world(NAT) };
+    let mut planner = planner(16);
+    swarms(&mut world, &["10.99.1.250", "10.99.1.251"], &[]);
+    planner.plan(&world.inputs(), Tick(0)).unwrap();
+    let (id, state) = connect(slots, 1, 251);
+    swarms(&mut world, &["10.99.1.250", "10.99.1.249"], &["10.99.1.251"]);
+    let plan = planner.plan(&world.inputs(), Tick(1)).unwrap();
+    let waits = plan.waits.unwrap().to_string();
+    assert!(waits.contains("10.99.1.249") && waits.contains("nat.addresses is 2"), "{waits}");
+    assert!(!plan.steer.contains_key(&mesh_key(249)));
+    assert!(!planner.has_ports_for_waiting(slots));
+
+    slots.reset(id, state, Tick(1));
+    nat::Sweep::new(0, 1).run(slots, Tick(5000), |_, _| {});
+    assert!(planner.has_ports_for_waiting(slots), "the last connection has ended");
+    let plan = planner.plan(&world.inputs(), Tick(5000)).unwrap();
+    assert!(plan.waits.is_none() && !planner.has_ports_for_waiting(slots));
+    assert_eq!(plan.steer[&mesh_key(249)], steer::ANSWER_ARP | steer::taken(1));
+    assert!(!plan.steer.contains_key(&mesh_key(251)));
+}

@@ -6,12 +6,21 @@
 
 mod connection;
 mod engine;
+mod further;
 mod reading;
 mod table;
 mod wanted;
 
-use std::{convert::Infallible, fmt, net::Ipv4Addr, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    convert::Infallible,
+    fmt,
+    net::{IpAddr, Ipv4Addr},
+    sync::Arc,
+    time::Duration,
+};
 
+use ipnet::Ipv4Net;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::{Deserialize, Serialize};
 use tokio::{
@@ -24,17 +33,19 @@ use utoipa::ToSchema;
 
 pub use self::{
     connection::TlsError,
+    further::Further,
     reading::{NEWS_TIMEOUT, News},
-    table::{Ingress, Locality, Node, Published, Table, Task},
+    table::{Assigned, Ingress, Locality, Node, Published, Table, Task},
     wanted::Wanted,
 };
 use self::{
     connection::{AskError, Connection, Peer},
+    further::{Keeper, Room},
     reading::{SwarmError, Tables},
 };
 use crate::{
     causes,
-    config::{self, Maglev},
+    config::{self, Config, Maglev},
     pem::PemFile,
 };
 
@@ -69,6 +80,14 @@ pub struct SwarmStatus {
     /// This node's address in the ingress network, once Docker has given it one.
     #[schema(value_type = Option<String>)]
     pub mesh_address: Option<Ipv4Addr>,
+    /// Further ones, which it has found free: `source.swarm.mesh_addresses`.
+    #[serde(default)]
+    #[schema(value_type = Vec<String>)]
+    pub further_mesh_addresses: Vec<Ipv4Addr>,
+    /// Those that Docker has given to another since: they only keep the connections they have.
+    #[serde(default)]
+    #[schema(value_type = Vec<String>)]
+    pub leaving_mesh_addresses: Vec<Ipv4Addr>,
     /// Its nodes.
     pub nodes: usize,
     /// Services that publish ports.
@@ -87,9 +106,12 @@ impl fmt::Display for SwarmStatus {
         write!(f, "swarm {cluster} by its {from}: ")?;
         write!(f, "{nodes} nodes, {services} services, {tasks} tasks, ")?;
         match self.mesh_address {
-            Some(address) => writeln!(f, "mesh address {address}")?,
-            None => writeln!(f, "no mesh address yet")?,
+            Some(address) => write!(f, "mesh address {address}")?,
+            None => f.write_str("no mesh address yet")?,
         }
+        self.further_mesh_addresses.iter().try_for_each(|further| write!(f, ", {further}"))?;
+        self.leaving_mesh_addresses.iter().try_for_each(|a| write!(f, ", {a} (leaving)"))?;
+        writeln!(f)?;
         if let Some(reason) = &self.reason {
             writeln!(f, "  as last known: {reason}")?;
         }
@@ -108,11 +130,8 @@ impl Swarm {
     ///
     /// # Errors
     /// If the files of certificates are not what they should be.
-    pub fn start(
-        swarm: &config::Swarm,
-        api: &config::Api,
-        maglev: Maglev,
-    ) -> Result<Self, TlsError> {
+    pub fn start(config: &Config, swarm: &config::Swarm) -> Result<Self, TlsError> {
+        let api = &config.api;
         let engine = match &swarm.engine {
             config::Engine::Unix(path) => Peer::Unix(path.clone()),
             config::Engine::Tcp { address, certificates } => {
@@ -136,12 +155,18 @@ impl Swarm {
             Peer::Tcp(manager.address.clone(), tls.clone().filter(|_| manager.tls))
         };
         let managers = swarm.managers.iter().map(manager).collect();
+        let vtep = config.node.vteps().into_iter().find_map(|vtep| match vtep {
+            IpAddr::V4(vtep) => Some(vtep),
+            IpAddr::V6(_) => None,
+        });
         let (shown, state) = watch::channel(Arc::default());
         let reader = Reader {
             engine,
             managers,
             poll: Duration::from_millis(swarm.poll_ms.into()),
-            maglev,
+            maglev: config.maglev.clone(),
+            further: swarm.mesh_addresses as usize - 1,
+            keeper: Keeper::start(vtep),
             shown,
             table: Arc::default(),
             local: Local::default(),
@@ -179,6 +204,12 @@ pub struct Local {
     pub node: String,
     /// Its address in the ingress network.
     pub mesh_address: Option<Ipv4Addr>,
+    /// All addresses of that network.
+    subnet: Option<Ipv4Net>,
+    /// Those of others there: its gateway, this node's containers, and what other nodes tell.
+    others: BTreeSet<Ipv4Addr>,
+    /// Where tunnels to those end that other nodes tell of.
+    ends: BTreeMap<Ipv4Addr, Ipv4Addr>,
 }
 
 struct Reader {
@@ -190,7 +221,10 @@ struct Reader {
     table: Arc<Table>,
     local: Local,
     /// What the wanted state that is shown was made of.
-    wanted_of: Option<(Arc<Table>, Local)>,
+    wanted_of: Option<(Arc<Table>, Local, Further)>,
+    /// How many mesh addresses are wanted beside Docker's.
+    further: usize,
+    keeper: Keeper,
     reads_engine: bool,
     trouble: Option<String>,
     version: u64,
@@ -210,7 +244,11 @@ impl Reader {
             self.trouble = Some(sentence);
             self.show();
             pause = if begun.elapsed() > MAX_RETRY { RETRY } else { (pause * 2).min(MAX_RETRY) };
-            time::sleep(pause).await;
+            let again = Instant::now() + pause;
+            // What others say of our addresses needs no engine.
+            while time::timeout_at(again, self.keeper.changed()).await.is_ok() {
+                self.show();
+            }
         }
     }
 
@@ -237,11 +275,11 @@ impl Reader {
                     if let Some(trouble) = self.trouble.take() {
                         info!("the swarm is read again, after: {trouble}");
                     }
-                    self.remark(&before);
-                    if before.ingress != self.table.ingress {
+                    if before.ingress != self.table.ingress || self.waits_for_an_end() {
                         look.reset_immediately();
                     }
                 }
+                () = self.keeper.changed() => {}
                 _ = look.tick() => self.look(&mut engine).await?,
             }
             self.show();
@@ -270,9 +308,10 @@ impl Reader {
             (false, true) => return Err(SwarmError::Role("a manager's")),
             _ => {}
         }
-        let mut mesh_address = None;
+        let mut local = Local { node: info.node_id, ..Local::default() };
         if let Some(Ingress { name, .. }) = &self.table.ingress {
-            let path = format!("/networks/{}", utf8_percent_encode(name, NON_ALPHANUMERIC));
+            let name = utf8_percent_encode(name, NON_ALPHANUMERIC);
+            let path = format!("/networks/{name}?verbose=true");
             let network = match asked(engine, &path).await {
                 // Removed, or not here yet.
                 Err(SwarmError::Ask { source: AskError::Refused { status: 404, .. }, .. }) => {
@@ -280,21 +319,56 @@ impl Reader {
                 }
                 network => network?,
             };
-            mesh_address = own_address(&network);
+            local.read(&network);
         }
-        Ok(Local { node: info.node_id, mesh_address })
+        Ok(local)
     }
 
-    /// Says what is not done as asked for, once.
-    fn remark(&self, before: &Table) {
-        let new = self.table.remarks.iter().filter(|remark| !before.remarks.contains(remark));
-        new.for_each(|remark| warn!("swarm: {remark}"));
+    /// Whether a task can't be reached before its node has told where its tunnels end, as is so where that is
+    /// not where nodes are known to be. To look more often in other swarms, too, would only keep an engine busy
+    /// that is starting containers.
+    fn waits_for_an_end(&self) -> bool {
+        let Table { nodes, services, .. } = &*self.table;
+        let is_nodes = |end: &Ipv4Addr| nodes.iter().any(|node| node.address == IpAddr::V4(*end));
+        let mut tasks = services.iter().flat_map(|service| &service.tasks);
+        !self.local.ends.values().all(is_nodes)
+            && tasks.any(|task| !self.local.ends.contains_key(&task.address))
+    }
+
+    /// Has further mesh addresses looked for, if there are to be some.
+    fn look_for_further(&self) {
+        let Table { ingress, nodes, assigned, .. } = &*self.table;
+        let Local { node, mesh_address, subnet, others, ends } = &self.local;
+        let room = || {
+            let (ingress, own) = (ingress.as_ref()?, (*mesh_address)?);
+            let mut assigned = assigned.clone();
+            assigned.live.extend(others);
+            let known = nodes.iter().filter_map(|other| match other.address {
+                IpAddr::V4(address) => Some(address).filter(|_| other.id != *node),
+                IpAddr::V6(_) => None,
+            });
+            let mut peers: BTreeSet<Ipv4Addr> = ends.values().copied().chain(known).collect();
+            ends.get(&own).map(|end| peers.remove(end));
+            Some(Room {
+                count: Some(self.further).filter(|further| *further > 0)?,
+                vni: ingress.vni,
+                port: ingress.port,
+                subnet: (*subnet)?,
+                own,
+                peers,
+                assigned,
+            })
+        };
+        self.keeper.want(room());
     }
 
     /// Shows what has changed, if anything has.
     fn show(&mut self) {
+        self.look_for_further();
         let shown = self.shown.borrow().clone();
-        let Table { cluster, nodes, services, remarks, .. } = &*self.table;
+        let Table { cluster, nodes, services, remarks, assigned, .. } = &*self.table;
+        // What is released is so at once, not only when the keeper has heard of it.
+        let further = self.keeper.found().beside(assigned);
         let status = SwarmStatus {
             cluster: cluster.clone(),
             from: if self.reads_engine { "engine" } else { "managers" }.to_owned(),
@@ -304,16 +378,24 @@ impl Reader {
             nodes: nodes.len(),
             services: services.len(),
             tasks: services.iter().map(|service| service.tasks.len()).sum(),
-            remarks: remarks.clone(),
+            further_mesh_addresses: further.used.clone(),
+            leaving_mesh_addresses: further.leaving.clone(),
+            remarks: remarks.iter().chain(&further.lack).cloned().collect(),
         };
-        let is_of = |(table, local): &(Arc<Table>, Local)| {
-            Arc::ptr_eq(table, &self.table) && *local == self.local
+        // Each is said once.
+        let new = status.remarks.iter().filter(|remark| !shown.status.remarks.contains(remark));
+        new.for_each(|remark| warn!("swarm: {remark}"));
+        let is_of = |(table, local, had): &(Arc<Table>, Local, Further)| {
+            Arc::ptr_eq(table, &self.table) && *local == self.local && *had == further
         };
         let wanted = match &self.wanted_of {
             Some(made_of) if is_of(made_of) => shown.wanted.clone(),
-            _ => wanted::wanted(&self.table, &self.local, &shown.wanted, &self.maglev),
+            _ => {
+                let place = (&self.local, &further);
+                wanted::wanted(&self.table, place, &shown.wanted, &self.maglev)
+            }
         };
-        self.wanted_of = Some((self.table.clone(), self.local.clone()));
+        self.wanted_of = Some((self.table.clone(), self.local.clone(), further));
         let told = shown.news.as_ref().map(|news| (&news.table, news.fresh));
         let tell = (&*self.table, status.fresh);
         let news = match &shown.news {
@@ -331,11 +413,32 @@ impl Reader {
     }
 }
 
+impl Local {
+    /// Takes from a network what it says of this node and of others there.
+    fn read(&mut self, network: &engine::Network) {
+        self.mesh_address = own_address(network);
+        let told = network.services.values().flat_map(|service| &service.tasks);
+        for task in told {
+            let end = task.info.get("Host IP").and_then(|end| end.parse().ok());
+            if let (Some(address), Some(end)) = (table::address(&task.endpoint_ip), end) {
+                self.ends.insert(address, end);
+            }
+        }
+        let subnet = network.ipam.config.first();
+        self.subnet = subnet.and_then(|subnet| subnet.subnet.parse().ok());
+        let here = network.containers.values().map(|container| &container.ipv4_address);
+        let here = here.chain(subnet.map(|subnet| &subnet.gateway));
+        self.others = here.filter_map(|text| table::address(text)).collect();
+        self.others.extend(self.ends.keys());
+        self.others.retain(|address| Some(*address) != self.mesh_address);
+    }
+}
+
 /// The address of what stands for the node itself, from which Docker's own mesh would send.
 fn own_address(network: &engine::Network) -> Option<Ipv4Addr> {
     let endpoint = format!("{}-endpoint", network.name);
     let own = network.containers.values().find(|container| container.name == endpoint)?;
-    own.ipv4_address.split('/').next()?.parse().ok()
+    table::address(&own.ipv4_address)
 }
 
 /// This engine's place in the swarm.
@@ -365,5 +468,20 @@ mod tests {
         let network: engine::Network = serde_json::from_str(network).unwrap();
         assert_eq!(own_address(&network), Some([10, 0, 0, 2].into()));
         assert_eq!(own_address(&engine::Network::default()), None);
+    }
+
+    #[test]
+    fn a_node_tells_who_else_is_in_the_ingress_network_and_where_their_tunnels_end() {
+        // The second of two nodes, each with a task.
+        let network = include_str!("swarm/fixtures/ingress-verbose.json");
+        let mut local = Local::default();
+        local.read(&serde_json::from_str(network).unwrap());
+        let address = |last| Ipv4Addr::from([10, 0, 0, last]);
+        assert_eq!(local.mesh_address, Some(address(3)));
+        assert_eq!(local.subnet, Some("10.0.0.0/24".parse().unwrap()));
+        assert_eq!(local.others, [1, 2, 5, 6].map(address).into(), "the gateway among them");
+        let end = |last| Ipv4Addr::from([10, 78, 0, last]);
+        let ends = [(2, 11), (3, 12), (5, 11), (6, 12)];
+        assert_eq!(local.ends, ends.map(|(there, at)| (address(there), end(at))).into());
     }
 }

@@ -298,6 +298,21 @@ fn connections_of_a_removed_backend_are_reset_and_its_datagrams_go_to_another() 
 }
 
 #[test]
+fn a_mesh_address_that_is_taken_out_keeps_its_connections_and_gets_no_new_ones() {
+    let mesh = Mesh::up(&ONE_ARMED, &["b1", "b2"]);
+    let _daemon = Daemon::start(&mesh.lab, "n1");
+    let holding = start_holding(&mesh.lab, NODE, 10, 10);
+    let other = "10.99.1.251";
+    let addresses = |address| format!("addresses = [\"{address}\"]");
+    mesh.lab.write_config("n1", "n1.toml", &addresses(MESH), &addresses(other));
+    wait_until("new connections come from the other address", 5, || {
+        get(&mesh.lab, NODE).client == other
+    });
+    let held: Vec<Held> = parse(&holding.finish());
+    assert!(held.iter().all(|connection| connection.outcome == "kept"), "{held:?}");
+}
+
+#[test]
 fn more_connections_of_one_client_than_a_kernel_has_ports_meet_no_pause_in_a_minute() {
     let mesh = Mesh::up(&ONE_ARMED, &["b1", "b2"]);
     let daemon = Daemon::start(&mesh.lab, "n1");

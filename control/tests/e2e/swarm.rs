@@ -2,6 +2,7 @@
 //! Docker's tutorials. Each test has a swarm of its own, which is up within seconds.
 
 use std::{
+    collections::BTreeSet,
     fs,
     path::Path,
     thread,
@@ -41,7 +42,12 @@ fn configure(lab: &Lab, node: &str, api: &str, swarm: &str) {
 }
 
 fn start(lab: &Lab, node: &str) -> Daemon {
-    configure(lab, node, "", "");
+    start_with(lab, node, "")
+}
+
+/// `swarm` are keys of `[source.swarm]`, and tables behind it.
+fn start_with(lab: &Lab, node: &str, swarm: &str) -> Daemon {
+    configure(lab, node, "", swarm);
     let daemon = Daemon::start(lab, node);
     wait_until("the swarm is read", 10, || status(&daemon)["fresh"] == true);
     daemon
@@ -532,6 +538,207 @@ fn without_a_quorum_traffic_goes_on() {
     }
     let held: Vec<Held> = parse(&holding.finish());
     assert!(held.iter().all(|connection| connection.outcome == "kept"), "{held:?}");
+}
+
+/// This node's mesh addresses beside Docker's, as far as they are found.
+fn further(daemon: &Daemon, key: &str) -> Vec<String> {
+    let status = status(daemon);
+    let all = status[key].as_array().into_iter().flatten();
+    all.map(|address| address.as_str().unwrap().to_owned()).collect()
+}
+
+const FURTHER: &str = "further_mesh_addresses";
+const LEAVING: &str = "leaving_mesh_addresses";
+
+fn wait_for_further(daemon: &Daemon, count: usize) -> Vec<String> {
+    wait_until("further mesh addresses are found", 30, || further(daemon, FURTHER).len() == count);
+    further(daemon, FURTHER)
+}
+
+/// Ports of a mesh address that stand for connections.
+fn ports_used(daemon: &Daemon, address: &str) -> u64 {
+    let metrics = daemon.get("/metrics");
+    let of = format!("address=\"{address}\"}} ");
+    let used = metrics.lines().filter(|line| line.starts_with("wiremesh_nat_slots_used"));
+    let used = used.filter_map(|line| line.split_once(&of));
+    used.map(|(_, count)| count.parse::<u64>().unwrap()).sum()
+}
+
+#[test]
+fn a_further_mesh_address_has_ports_of_its_own_until_docker_gives_it_away() {
+    // Another data path port, and a network so small that Docker soon comes to its top.
+    let lab = Lab::swarm(&["--nodes", "2", "--data-path-port", "7789"]);
+    remove_ingress(&lab, "ingress");
+    let tiny = "--subnet 10.13.0.0/28 --opt com.docker.network.driver.mtu=1400 tiny";
+    lab.docker("n1", &format!("network create --driver overlay --ingress {tiny}"));
+    create(&lab, "--name web --mode global --publish 8080:80 server");
+    let nat = "mesh_addresses = 2\n[nat]\nfirst_port = 2000\nlast_port = 2019";
+    let daemon = start_with(&lab, "n1", nat);
+    wait_for_active(std::slice::from_ref(&daemon), "web", 2);
+    let address = wait_for_further(&daemon, 1).remove(0);
+    let own = status(&daemon)["mesh_address"].as_str().unwrap().to_owned();
+
+    // More than one address has ports. Half of them are answered by a node with stock Docker only. Some clients
+    // say nothing.
+    let ready = lab.file("silent");
+    let program = format!(
+        "import select, socket, time\n\
+         all = [socket.create_connection(('10.78.0.11', 8080)) for _ in range(8)]\n\
+         open('{}', 'w')\n\
+         poll, resets = select.poll(), 0\n\
+         for one in all: poll.register(one, select.POLLIN)\n\
+         ends = time.monotonic() + 60\n\
+         while time.monotonic() < ends:\n\
+         \x20   for fd, event in poll.poll(1000):\n\
+         \x20       resets += bool(event & select.POLLERR)\n\
+         \x20       poll.unregister(fd)\n\
+         print(resets)\n",
+        ready.display()
+    );
+    let silent = lab.start("client", &["python3", "-c", &program]);
+    wait_until("the silent clients are connected", 10, || ready.exists());
+    let holding = hold(&lab, NODES[0], "22", "60");
+    let (by_own, by_further) = (ports_used(&daemon, &own), ports_used(&daemon, &address));
+    assert!(by_own >= 10 && by_further >= 10, "{by_own} and {by_further}");
+
+    // Docker gives it to a task that does not run yet.
+    let late = "--replicas 1 --publish 8081:80 --constraint node.labels.late==yes";
+    create(&lab, &format!("--name late {late} server"));
+    let is_leaving = || further(&daemon, LEAVING) == [address.clone()];
+    let mut tasks = 1;
+    while !is_leaving() {
+        tasks += 1;
+        assert!(tasks < 12, "Docker never came to {address}");
+        lab.docker("n1", &format!("service scale -d late={tasks}"));
+        thread::sleep(Duration::from_millis(700));
+    }
+    let before = ports_used(&daemon, &address);
+    thread::sleep(Duration::from_secs(3));
+    assert_eq!(
+        ports_used(&daemon, &address),
+        before,
+        "its connections go on, and no new ones come"
+    );
+    assert!(before >= 10, "{before}");
+    assert!(answers(&lab, NODES[0].url));
+
+    // Now it needs it.
+    lab.docker("n1", "node update --label-add late=yes n2");
+    wait_until("it is the task's", STARTED_S, || further(&daemon, LEAVING).is_empty());
+    wait_until("it serves there", STARTED_S, || {
+        service(&daemon, "late")["tasks"].to_string().contains(&address)
+    });
+    // Docker leaves others of its tasks pending, which has nothing to do with us.
+    let serving = active(&daemon, "late");
+    let answered = load(&lab, Vip { url: "http://10.78.0.11:8081", ..NODES[0] }, 12);
+    assert_eq!((&answered.errors, answered.backends.len()), (&NO_ERRORS, serving), "{answered:?}");
+    let held: Vec<Held> = parse(&holding.finish());
+    let count = |outcome| held.iter().filter(|connection| connection.outcome == outcome).count();
+    let (reset, silent) = (count("reset"), silent.finish().trim().parse::<usize>().unwrap());
+    assert_eq!(reset + count("kept"), held.len(), "none hangs: {held:?}");
+    assert_eq!((reset + silent) as u64, by_further, "{reset} and {silent}");
+}
+
+/// A process of a container, as seen from outside.
+fn process_of(container: &str) -> String {
+    let is_of = |process: &Path| {
+        fs::read_to_string(process.join("cgroup")).is_ok_and(|groups| groups.contains(container))
+    };
+    let processes = fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().path());
+    let process = { processes }.find(|process| is_of(process)).expect("it runs");
+    process.file_name().unwrap().to_str().unwrap().to_owned()
+}
+
+#[test]
+fn an_address_that_a_container_has_is_not_taken_though_docker_does_not_know() {
+    let lab = Lab::swarm(&["--nodes", "2"]);
+    create(&lab, "--name web --publish 8080:80 --constraint node.hostname==n2 server");
+    let daemon = start(&lab, "n1");
+    wait_for_active(std::slice::from_ref(&daemon), "web", 1);
+    let own = status(&daemon)["mesh_address"].as_str().unwrap().to_owned();
+    daemon.terminate();
+    // The best one for this node.
+    let last = 255 - own.rsplit('.').next().unwrap().parse::<u8>().unwrap();
+    let container = lab.docker("n2", "ps -q");
+    let add = format!("ip address add 10.0.0.{last}/24 dev eth0");
+    let enter = ["-n", "-t", &process_of(container.trim())];
+    let added = bounded("nsenter").args(enter).args(add.split(' ')).status().unwrap();
+    assert!(added.success());
+    let daemon = start_with(&lab, "n1", "mesh_addresses = 2");
+    assert_eq!(wait_for_further(&daemon, 1), [format!("10.0.0.{}", last - 1)]);
+}
+
+#[test]
+fn nodes_that_want_the_same_address_find_that_out() {
+    let lab = Lab::swarm(&["--nodes", "2", "--managers", "2"]);
+    create(&lab, "--name web --mode global --publish 8080:80 server");
+    let look = |node| {
+        let networks = json(&lab.docker(node, "network inspect ingress"));
+        let address = networks[0]["Containers"]["ingress-sbox"]["IPv4Address"].as_str()?;
+        address.trim_start_matches("10.0.0.").trim_end_matches("/24").parse::<u8>().ok()
+    };
+    let endpoint = |node| {
+        wait_until("the node is in the ingress network", 10, || look(node).is_some());
+        look(node).unwrap()
+    };
+    // Where each begins, Docker has decided: so the first is given more than it would leave to the second.
+    let mut nodes = ["n1", "n2"].map(|node| (endpoint(node), node));
+    nodes.sort_unstable();
+    let [(low, first), (high, second)] = nodes;
+    let address = |last| format!("10.0.0.{last}");
+    let of_first = (0..3).map(|index| address(254 - (low - 1) * 3 - index)).collect::<Vec<_>>();
+    let best = (0..).map(|index| address(254 - (high - 1) * 2 - index));
+    let of_second = best.clone().filter(|address| !of_first.contains(address)).take(2);
+    let of_second = of_second.collect::<Vec<_>>();
+    assert!(of_second != best.take(2).collect::<Vec<_>>(), "they want the same");
+
+    let first = start_with(&lab, first, "mesh_addresses = 4");
+    assert_eq!(wait_for_further(&first, 3), of_first);
+    let second = start_with(&lab, second, "mesh_addresses = 3");
+    assert_eq!(wait_for_further(&second, 2), of_second);
+    let daemons = [first, second];
+    wait_for_active(&daemons, "web", 2);
+    for ((_, node), daemon) in nodes.iter().zip(&daemons) {
+        let vip = if *node == "n1" { NODES[0] } else { NODES[1] };
+        let clients: BTreeSet<String> = (0..40).map(|_| get(&lab, vip).client).collect();
+        let used = further(daemon, FURTHER);
+        assert!(used.iter().all(|address| clients.contains(address)), "{clients:?}, {used:?}");
+    }
+}
+
+#[test]
+fn tunnels_end_where_the_data_path_has_an_address_of_its_own() {
+    let lab = Lab::swarm(&["--nodes", "2", "--data-network"]);
+    configure(&lab, "n1", "", "mesh_addresses = 2");
+    lab.write_config("n1", "n1.toml", "[\"eth0\"]", "[\"eth0\", \"eth1\"]");
+    let daemon = Daemon::start(&lab, "n1");
+    let ports = "--publish 8080:80 --publish 5353:5353/udp";
+    create(&lab, &format!("--name web --mode global {ports} server http=80 udp=5353"));
+    wait_for_active(std::slice::from_ref(&daemon), "web", 2);
+    wait_for_further(&daemon, 1);
+    let load = load(&lab, NODES[0], 40);
+    assert_eq!((&load.errors, load.backends.len()), (&NO_ERRORS, 2), "{load:?}");
+    assert_eq!(send_datagrams(&lab, NODES[0], 20, 512).lost, 0);
+    let far = daemon.get("/v1/services/web/backends");
+    assert!(far.contains("10.79.0.12") && !far.contains("10.78.0.12"), "{far}");
+}
+
+#[test]
+fn datagrams_are_answered_for_longer_than_a_kernel_believes_in_a_neighbour() {
+    let lab = Lab::swarm(&["--nodes", "2"]);
+    let daemon = start_with(&lab, "n1", "mesh_addresses = 2");
+    // On the node with stock Docker, whose devices answer for no address that Docker has not given.
+    let far = "--constraint node.hostname==n2 --publish 5353:5353/udp";
+    create(&lab, &format!("--name dns {far} server udp=5353"));
+    wait_for_active(std::slice::from_ref(&daemon), "dns", 1);
+    wait_for_further(&daemon, 1);
+    for _ in 0..8 {
+        let datagrams = send_datagrams(&lab, NODES[0], 20, 512);
+        assert_eq!(datagrams.lost, 0);
+        let clients: BTreeSet<&str> = datagrams.answers.iter().map(|a| &*a.client).collect();
+        assert_eq!(clients.len(), 2, "{clients:?}");
+        thread::sleep(Duration::from_secs(4));
+    }
 }
 
 #[test]

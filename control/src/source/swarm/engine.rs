@@ -100,6 +100,17 @@ pub struct ServiceSpec {
 pub struct Endpoint {
     #[serde(deserialize_with = "or_default")]
     pub ports: Vec<Port>,
+    #[serde(rename = "VirtualIPs", deserialize_with = "or_default")]
+    pub virtual_ips: Vec<VirtualIp>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct VirtualIp {
+    #[serde(rename = "NetworkID")]
+    pub network_id: String,
+    /// With its prefix length.
+    pub addr: String,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -196,7 +207,8 @@ pub struct ManagerStatus {
     pub addr: String,
 }
 
-/// `/networks`, and `/networks/NAME`, which has its containers too.
+/// `/networks`; and `/networks/NAME`, which has this node's containers too, and if asked with `verbose` what all
+/// nodes have there.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 pub struct Network {
@@ -207,6 +219,43 @@ pub struct Network {
     pub options: BTreeMap<String, String>,
     #[serde(deserialize_with = "or_default")]
     pub containers: BTreeMap<String, Container>,
+    #[serde(rename = "IPAM", deserialize_with = "or_default")]
+    pub ipam: Ipam,
+    #[serde(deserialize_with = "or_default")]
+    pub services: BTreeMap<String, Gossip>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct Ipam {
+    #[serde(deserialize_with = "or_default")]
+    pub config: Vec<Subnet>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct Subnet {
+    /// With its prefix length.
+    pub subnet: String,
+    pub gateway: String,
+}
+
+/// What nodes tell each other of a service's tasks, or of themselves: of a service without a name.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct Gossip {
+    #[serde(deserialize_with = "or_default")]
+    pub tasks: Vec<GossipTask>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct GossipTask {
+    #[serde(rename = "EndpointIP")]
+    pub endpoint_ip: String,
+    /// `Host IP` is where its node's tunnels end.
+    #[serde(deserialize_with = "or_default")]
+    pub info: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Default, Deserialize)]

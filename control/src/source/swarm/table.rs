@@ -13,7 +13,7 @@ use utoipa::ToSchema;
 
 use super::engine;
 use crate::{
-    config::{Maglev, Scheduler, ServiceSpec},
+    config::{MAX_WEIGHT, Maglev, Scheduler, ServiceSpec},
     desired::Mode,
 };
 
@@ -39,6 +39,9 @@ pub struct Table {
     pub ingress: Option<Ingress>,
     /// All nodes.
     pub nodes: Vec<Node>,
+    /// What Docker has given away of the ingress network's addresses. A manager of an older version tells none.
+    #[serde(default)]
+    pub assigned: Assigned,
     /// What is published, by name.
     pub services: Vec<Published>,
     /// What is not done as asked for, and why.
@@ -56,6 +59,24 @@ pub struct Ingress {
     pub port: u16,
     /// Its largest IP packet, in bytes.
     pub mtu: u16,
+}
+
+/// Addresses that Docker has given away.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Assigned {
+    /// To services, and to tasks that don't run yet: nothing answers there.
+    #[schema(value_type = Vec<String>)]
+    pub given: BTreeSet<Ipv4Addr>,
+    /// To tasks that run, or are about to.
+    #[schema(value_type = Vec<String>)]
+    pub live: BTreeSet<Ipv4Addr>,
+}
+
+impl Assigned {
+    /// Whether it is given away.
+    pub fn has(&self, address: &Ipv4Addr) -> bool {
+        self.given.contains(address) || self.live.contains(address)
+    }
 }
 
 /// A node of the swarm.
@@ -124,7 +145,37 @@ pub fn table(said: &Said) -> Table {
     };
     services.sort_by(|a, b| a.spec.name.cmp(&b.spec.name));
     remarks.sort();
-    Table { cluster: said.cluster.id.clone(), ingress, nodes, services, remarks }
+    let assigned = network.map(|network| assigned(said, network)).unwrap_or_default();
+    Table { cluster: said.cluster.id.clone(), ingress, nodes, assigned, services, remarks }
+}
+
+/// What is given away in a network.
+fn assigned(said: &Said, network: &engine::Network) -> Assigned {
+    let mut all = Assigned::default();
+    let vips = said.services.iter().flat_map(|service| &service.endpoint.virtual_ips);
+    let vips = vips.filter(|vip| vip.network_id == network.id);
+    all.given.extend(vips.filter_map(|vip| address(&vip.addr)));
+    for task in &said.tasks {
+        let addresses = addresses(task, network);
+        match &*task.status.state {
+            // A container is there from `starting` on, and engines don't say so at once.
+            "ready" | "starting" | "running" => all.live.extend(addresses),
+            "complete" | "shutdown" | "failed" | "rejected" | "orphaned" => {}
+            _ => all.given.extend(addresses),
+        }
+    }
+    all
+}
+
+/// A task's addresses in a network.
+fn addresses(task: &engine::Task, network: &engine::Network) -> impl Iterator<Item = Ipv4Addr> {
+    let its = task.networks_attachments.iter().filter(|a| a.network.id == network.id);
+    its.flat_map(|attachment| &attachment.addresses).filter_map(|text| address(text))
+}
+
+/// The address of one with a prefix length, as in `10.0.0.6/24`.
+pub fn address(text: &str) -> Option<Ipv4Addr> {
+    text.split('/').next()?.parse().ok()
 }
 
 /// `None` if we can't take part in it, which has then been remarked.
@@ -255,13 +306,11 @@ fn running(
     if task.status.state != "running" {
         return None;
     }
-    let attachment = task.networks_attachments.iter().find(|a| a.network.id == network.id)?;
-    let addresses = attachment.addresses.iter().filter_map(|a| a.split('/').next()?.parse().ok());
     let place = task.slot.map_or_else(|| task.node_id.clone(), |slot| slot.to_string());
     Some(Task {
         name: format!("{}.{place}.{}", service.spec.name, task.id),
         node: task.node_id.clone(),
-        address: addresses.into_iter().next()?,
+        address: addresses(task, network).next()?,
         // Seconds before its SIGTERM: the only early sign that a task is to leave.
         weight: if task.desired_state == "running" { weight } else { 0 },
     })
@@ -275,8 +324,6 @@ const LOCALITY: &str = "wiremesh.locality";
 const ALLOW: &str = "wiremesh.allow";
 const PUBLISH: &str = "wiremesh.publish";
 const KNOWN: [&str; 6] = [SCHEDULER, AFFINITY, WEIGHT, LOCALITY, ALLOW, PUBLISH];
-
-const MAX_WEIGHT: u16 = 1000;
 
 /// What labels say that is not of the service's words.
 struct Extras {
@@ -496,6 +543,28 @@ pub mod tests {
         assert_eq!(shares(&table, "web"), [(6, 1), (7, 0)]);
         let first = &published(&table, "web").tasks[0];
         assert!(first.name.starts_with("web.1.") && first.node == table.nodes[1].id, "{first:?}");
+    }
+
+    #[test]
+    fn all_that_docker_has_given_away_is_told_and_what_of_that_is_needed_by_now() {
+        let set = |all: &[u8]| all.iter().map(|last| [10, 0, 0, *last].into()).collect();
+        let all = Assigned { given: set(&[5, 8, 12]), live: set(&[6, 7, 9, 10, 11, 13]) };
+        assert_eq!(table(&recorded()).assigned, all, "services, and tasks");
+        for (state, given, live) in [
+            ("pending", true, false),
+            ("preparing", true, false),
+            ("ready", false, true),
+            ("starting", false, true),
+            ("running", false, true),
+            ("shutdown", false, false),
+            ("failed", false, false),
+        ] {
+            let mut said = recorded();
+            said.tasks.iter_mut().for_each(|task| task.status.state = state.to_owned());
+            let (all, sixth) = (table(&said).assigned, Ipv4Addr::from([10, 0, 0, 6]));
+            assert_eq!((all.given.contains(&sixth), all.live.contains(&sixth)), (given, live));
+            assert_eq!(all.has(&sixth), given || live, "{state}");
+        }
     }
 
     #[test]
