@@ -187,6 +187,11 @@ impl State {
         self.has(Self::RESET) || self.0 & Self::BOTH_FIN == Self::BOTH_FIN
     }
 
+    /// Whether the task has sent something.
+    pub fn is_answered(self) -> bool {
+        self.has(Self::ANSWERED)
+    }
+
     /// What it is called.
     pub fn label(self) -> &'static str {
         match self {

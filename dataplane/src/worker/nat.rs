@@ -355,8 +355,11 @@ impl<'a> Burst<'a> {
         match backend.filter(|backend| backend.service == service) {
             // The client uses its port again: nothing of what was counts.
             Some(_) if flow.is_syn() && to.state.is_closed() => {}
-            // TCP waits for a task's return and retransmits; datagrams would be lost.
-            Some(backend) if is_datagram && !backend.reachable => {}
+            // TCP waits for a task's return and retransmits; datagrams would be lost, and who has never heard of the
+            // task need not wait for it.
+            Some(backend)
+                if !backend.reachable
+                    && (is_datagram || flow.is_syn() && !to.state.is_answered()) => {}
             Some(backend) => {
                 self.context.counters.count(Event::ConnectionHits, 1);
                 return Ok(Some((to, backend)));

@@ -282,6 +282,8 @@ fn untunneled(frame: &[u8]) -> (IpAddr, u32, Vec<u8>) {
 struct World {
     /// Slots of tasks that take new connections.
     tasks: Vec<Slot>,
+    /// Slots of tasks that can't be reached.
+    lost: Vec<Slot>,
     allow: Vec<Prefix>,
     partial_checksums: bool,
     mtu: u16,
@@ -291,8 +293,8 @@ struct World {
 impl World {
     fn new(tasks: &[Slot]) -> Self {
         let (allow, partial_checksums, mtu) = (Vec::new(), false, MTU);
-        let tasks = tasks.to_vec();
-        Self { tasks, allow, partial_checksums, mtu, least_connections: false }
+        let (tasks, lost) = (tasks.to_vec(), Vec::new());
+        Self { tasks, lost, allow, partial_checksums, mtu, least_connections: false }
     }
 
     fn forwarding(&self) -> Arc<Forwarding> {
@@ -328,13 +330,14 @@ impl World {
                     allow: self.allow.clone(),
                 })),
             });
-            for slot in slots {
+            let lost: Vec<Slot> = self.lost.iter().map(|slot| 2 * slot + Slot::from(v6)).collect();
+            for &slot in slots.iter().chain(&lost) {
                 tasks[slot as usize] = task(slot, v6).ip().into();
                 backends[slot as usize] = Some(Backend {
                     service: u32::from(v6),
                     mtu: self.mtu,
                     link: 0,
-                    reachable: true,
+                    reachable: !lost.contains(&slot),
                     template: Template::render(&Tunnel {
                         src_mac: MacAddr(node_mac(0)),
                         dst_mac: MacAddr([2, 0, 0, 0, 2, slot as u8]),
@@ -907,6 +910,20 @@ fn datagrams_go_elsewhere_at_once_when_their_task_is_gone() {
     assert_eq!(slot, 4);
     assert_ne!(first.src, second.src);
     assert_eq!(node.drops(), BTreeMap::new());
+}
+
+#[test]
+fn a_client_that_its_task_never_answered_is_given_another_once_the_task_cannot_be_reached() {
+    let mut node = Node::new(&World::new(&[1]));
+    let syn = tcp(client(40_000), at(VIP), SYN);
+    node.toward_task(&syn);
+    let (answered, _) = node.connect(client(40_001), at(VIP));
+    node.publish(&World { lost: vec![1], ..World::new(&[2]) });
+    assert_eq!(node.toward_task(&syn).0, 4, "said again, it goes to who is there");
+    assert!(node.send(&tcp(client(40_001), at(VIP), ACK).by_client()).is_empty());
+    assert_eq!(node.drops(), BTreeMap::from([("next_hop_unresolved", 1)]), "TCP waits");
+    node.publish(&World::new(&[1, 2]));
+    assert_eq!(node.toward_task(&tcp(client(40_001), at(VIP), ACK)).0, answered);
 }
 
 #[test]
