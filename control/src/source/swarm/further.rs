@@ -32,7 +32,12 @@ use zerocopy::IntoBytes;
 use super::table::Assigned;
 use crate::{
     desired::container_mac,
+    filter::{
+        JUMP_IF_EQUAL, LOAD_BYTE, LOAD_BYTE_AFTER_X, LOAD_HALF_AFTER_X, RETURN,
+        X_IS_IPV4_HEADER_LEN,
+    },
     mesh::{self, Arp},
+    watching,
 };
 
 /// How often an address is asked for before it is used, and how long an answer may take.
@@ -137,13 +142,7 @@ impl Keeper {
 
     /// Says what is wanted, from now on.
     pub fn want(&self, room: Option<Room>) {
-        self.room.send_if_modified(|wanted| {
-            let changed = wanted.as_deref() != room.as_ref();
-            if changed {
-                *wanted = room.map(Arc::new);
-            }
-            changed
-        });
+        watching::tell(&self.room, room.map(Arc::new));
     }
 
     /// What there is.
@@ -185,11 +184,7 @@ async fn keep(
                 line.send(&room, &said).await;
             }
         }
-        tell.send_if_modified(|before| {
-            let changed = *before != search.further;
-            before.clone_from(&search.further);
-            changed
-        });
+        watching::tell(&tell, search.further.clone());
         tokio::select! {
             changed = told.changed() => if changed.is_err() { return },
             heard = hear(line.as_ref()) => search.hear(heard, Instant::now()),
@@ -479,13 +474,6 @@ impl Line {
 
 /// Lets in ARP and answers to pings that come in VXLAN, so that all else costs us nothing.
 fn answers_in_tunnels(port: u16) -> [SockFilter; 14] {
-    // Classic BPF, as in linux/bpf_common.h.
-    const RETURN: u16 = 0x06;
-    const LOAD_BYTE: u16 = 0x30;
-    const LOAD_BYTE_AFTER_X: u16 = 0x50;
-    const LOAD_HALF_AFTER_X: u16 = 0x48;
-    const X_IS_IPV4_HEADER_LEN: u16 = 0xb1;
-    const IS: u16 = 0x15;
     // UDP's destination; and behind UDP, VXLAN and two MAC addresses what is inside: its type, the protocol of
     // IPv4, and the type of ICMP.
     const TO: u32 = 2;
@@ -493,7 +481,8 @@ fn answers_in_tunnels(port: u16) -> [SockFilter; 14] {
     const PROTOCOL: u32 = TYPE + 2 + 9;
     const ICMP_TYPE: u32 = TYPE + 2 + 20;
     const ECHO_REPLY: u32 = 0;
-    let is = |value: u32, jump_if, jump_else| SockFilter::new(IS, jump_if, jump_else, value);
+    let is =
+        |value: u32, jump_if, jump_else| SockFilter::new(JUMP_IF_EQUAL, jump_if, jump_else, value);
     [
         SockFilter::new(LOAD_BYTE, 0, 0, 9),
         is(libc::IPPROTO_UDP as u32, 0, 11),
