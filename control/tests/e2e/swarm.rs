@@ -404,7 +404,10 @@ fn scaling_breaks_no_connection_and_gives_none_to_a_task_that_leaves() {
     let holding = hold(&lab, NODES[0], "1000", "25");
     lab.docker("n1", "service scale -d web=5");
     wait_until("five tasks run", STARTED_S, || weights(&daemons[0], "web").len() == 5);
-    soon("all five serve", || load(&lab, NODES[0], 20).backends.len() == 5);
+    // Shown once workers have acknowledged it. How long requests take is the machine's business.
+    soon("all five take new connections", || active(&daemons[0], "web") == 5);
+    let used = load(&lab, NODES[0], 100);
+    assert_eq!((&used.errors, used.backends.len()), (&NO_ERRORS, 5), "{used:?}");
 
     lab.docker("n1", "service scale -d web=2");
     // 500 ms after Docker has decided nothing more goes to those that leave.
