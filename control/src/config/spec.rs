@@ -144,26 +144,24 @@ pub struct BackendSpec {
     pub address: Option<String>,
 }
 
-/// An IPv4 or IPv6 address, in the document.
+/// An IPv4 or IPv6 address of a server, in the document.
 fn address() -> Schema {
-    families().into()
+    families("10.0.0.2", "2001:db8::2").into()
 }
 
-fn families() -> OneOf {
+/// An address, with an example of each family.
+fn families(v4: &str, v6: &str) -> OneOf {
     let family = |format: &str, example: &str| {
         let text = ObjectBuilder::new().schema_type(Type::String);
         text.format(Some(SchemaFormat::Custom(format.to_owned()))).examples([example])
     };
-    OneOfBuilder::new()
-        .item(family("ipv4", "203.0.113.20"))
-        .item(family("ipv6", "2001:db8::20"))
-        .build()
+    OneOfBuilder::new().item(family("ipv4", v4)).item(family("ipv6", v6)).build()
 }
 
 /// What a service can be published on, in the document.
 fn vip() -> Schema {
     let node = ObjectBuilder::new().schema_type(Type::String).enum_values(Some(["node"]));
-    OneOfBuilder::from(families()).item(node).into()
+    OneOfBuilder::from(families("203.0.113.20", "2001:db8:113::20")).item(node).into()
 }
 
 /// Published ports, in the document.
@@ -375,6 +373,8 @@ impl Places {
 
 #[cfg(test)]
 mod tests {
+    use utoipa::PartialSchema;
+
     use super::*;
     use crate::config::Config;
 
@@ -394,6 +394,30 @@ mod tests {
 
     fn understood(spec: &ServiceSpec) -> Service {
         spec.understand(&Maglev::default()).unwrap().0
+    }
+
+    #[test]
+    fn the_documents_examples_make_a_service() {
+        let document = |schema| serde_json::to_value(schema).unwrap()["properties"].take();
+        let service = document(ServiceSpec::schema());
+        let backend = document(BackendSpec::schema());
+        for family in [0, 1] {
+            let address = |of: &serde_json::Value| of["oneOf"][family]["examples"][0].clone();
+            let made = spec(serde_json::json!({
+                "name": service["name"]["example"],
+                "vip": address(&service["vip"]),
+                "ports": service["ports"]["examples"][0],
+                "vni": service["vni"]["example"],
+                "backends": [{
+                    "name": backend["name"]["example"],
+                    "vtep": address(&backend["vtep"]),
+                    "mac": backend["mac"]["example"],
+                    "address": address(&backend["address"]),
+                    "drain_until": backend["drain_until"]["example"],
+                }],
+            }));
+            assert_eq!(understood(&made).backends.len(), 1);
+        }
     }
 
     #[test]
