@@ -128,10 +128,8 @@ fn lessons(
     has_home: bool,
 ) -> BTreeSet<Lesson> {
     let mut all = BTreeSet::new();
-    for (service, backend) in desired.backends() {
-        if service.mode != Mode::Nat {
-            continue;
-        }
+    let translated = desired.services.iter().filter(|service| service.mode == Mode::Nat);
+    for backend in translated.flat_map(|service| &service.backends) {
         let home = own.contains(&backend.vtep);
         if (home && !has_home) || lost.contains(&backend.vtep) {
             continue;

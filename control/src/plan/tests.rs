@@ -877,6 +877,17 @@ fn swarms(world: &mut World, addresses: &[&str], leaving: &[&str]) {
     (overlay.addresses, overlay.leaving) = (parsed(addresses), parsed(leaving));
 }
 
+/// A node of a swarm with two mesh addresses, and room for no more, that is planned once.
+fn swarm_of_two_addresses() -> (World, &'static nat::Slots, Planner) {
+    let slots = nat::Slots::new(2, nat::Timeouts::default(), 1024..=u16::MAX).unwrap();
+    let slots: &'static nat::Slots = Box::leak(Box::new(slots));
+    let mut world = World { nat: Some(slots), ..nat_world(NAT) };
+    let mut planner = planner(16);
+    swarms(&mut world, &["10.99.1.250", "10.99.1.251"], &[]);
+    planner.plan(&world.inputs(), Tick(0)).unwrap();
+    (world, slots, planner)
+}
+
 fn mesh_key(last: u8) -> steer::Key {
     steer::Key::Mesh { vni: 100, address: Address::v4([10, 99, 1, last]) }
 }
@@ -904,12 +915,7 @@ fn connect(slots: &nat::Slots, bank: u16, last: u8) -> (nat::Id, nat::State) {
 
 #[test]
 fn a_mesh_address_that_leaves_keeps_its_connections_until_its_next_owner_needs_it() {
-    let slots = nat::Slots::new(2, nat::Timeouts::default(), 1024..=u16::MAX).unwrap();
-    let slots: &'static nat::Slots = Box::leak(Box::new(slots));
-    let mut world = World { nat: Some(slots), ..nat_world(NAT) };
-    let mut planner = planner(16);
-    swarms(&mut world, &["10.99.1.250", "10.99.1.251"], &[]);
-    planner.plan(&world.inputs(), Tick(0)).unwrap();
+    let (mut world, slots, mut planner) = swarm_of_two_addresses();
     connect(slots, 1, 251);
 
     swarms(&mut world, &["10.99.1.250"], &["10.99.1.251"]);
@@ -948,12 +954,7 @@ fn a_mesh_address_that_leaves_keeps_its_connections_until_its_next_owner_needs_i
 
 #[test]
 fn a_swarms_mesh_address_waits_until_there_are_ports_for_it() {
-    let slots = nat::Slots::new(2, nat::Timeouts::default(), 1024..=u16::MAX).unwrap();
-    let slots: &'static nat::Slots = Box::leak(Box::new(slots));
-    let mut world = World { nat: Some(slots), ..nat_world(NAT) };
-    let mut planner = planner(16);
-    swarms(&mut world, &["10.99.1.250", "10.99.1.251"], &[]);
-    planner.plan(&world.inputs(), Tick(0)).unwrap();
+    let (mut world, slots, mut planner) = swarm_of_two_addresses();
     let (id, state) = connect(slots, 1, 251);
     swarms(&mut world, &["10.99.1.250", "10.99.1.249"], &["10.99.1.251"]);
     let plan = planner.plan(&world.inputs(), Tick(1)).unwrap();

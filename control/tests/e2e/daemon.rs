@@ -117,7 +117,7 @@ impl Daemon {
 
     /// How many packets were dropped for a reason.
     pub fn drops(&self, reason: &str) -> u64 {
-        self.status()["drops"][reason]["count"].as_u64().unwrap_or(0)
+        self.status()["drops"][reason]["count"].as_u64().unwrap()
     }
 
     /// Waits until the daemon works with this weight for this backend; `None`: without it.

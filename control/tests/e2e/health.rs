@@ -157,11 +157,10 @@ fn a_wrong_status_or_body_takes_a_backend_out_and_its_connections_as_the_service
         service(VIP4, &["80/tcp"], &keys)
     };
     create(&daemon, &checked("keep", "well"));
-    let told = || daemon.status()["drops"]["backend_gone"]["count"].as_u64().unwrap();
     for (on_down, outcome, by_us) in
         [("keep", "kept", false), ("reselect", "reset", false), ("reset", "reset", true)]
     {
-        let before = told();
+        let before = daemon.drops("backend_gone");
         replace(&daemon, &checked(on_down, "well"));
         wait_for_both(&daemon, "web", "up");
         let _ = fs::remove_file(lab.file("holding"));
@@ -177,7 +176,7 @@ fn a_wrong_status_or_body_takes_a_backend_out_and_its_connections_as_the_service
             assert_eq!(connection.outcome, if other { "kept" } else { outcome }, "{held:?}");
         }
         assert!(held.iter().any(|connection| connection.backend.as_deref() == Some("b2")));
-        assert_eq!(told() > before, by_us, "{on_down}");
+        assert_eq!(daemon.drops("backend_gone") > before, by_us, "{on_down}");
         fs::write(page("b2"), "all is well").unwrap();
     }
     wait_for_both(&daemon, "web", "up");
@@ -210,7 +209,7 @@ fn while_all_are_down_a_service_goes_on_or_stops_as_it_says() {
     };
     update(&["--health-all-down", "stop"]);
     assert_eq!(backend(&daemon, "web", "b1")["state"], "down", "the question is the same");
-    let dropped = || daemon.status()["drops"]["no_backend"]["count"].as_u64().unwrap();
+    let dropped = || daemon.drops("no_backend");
     let before = dropped();
     let asked = lab.run("client", &["curl", "-sS", "--max-time", "1", VIP4.url]);
     assert!(!asked.status.success() && dropped() > before, "{} drops", dropped() - before);
