@@ -264,7 +264,7 @@ pub fn running(
 
 /// What a connection's slot says, if it has one.
 fn translated(slots: &Slots, hash: u64, key: &FlowKey, view: &View) -> Option<Translated> {
-    let ToTask { id, state, backend, mesh, task, task_port, .. } = slots.find(None, hash, key)?;
+    let ToTask { id, state, backend, mesh, task, task_port, .. } = slots.find(hash, key)?;
     let known = view.forwarding.backend(backend).is_some();
     let placed = view.desired.backends().zip(view.placements.iter());
     let mut its = placed.filter(|(_, at)| known && at.slot == backend);

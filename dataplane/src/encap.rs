@@ -272,8 +272,8 @@ fn write(
         let total_len = udp_len + ipv4::LEN as u16;
         ip[1] = flow.tos;
         put(ip, 2, total_len.to_be_bytes());
-        let sum = Sum::default().add_u16(template.ip_sum).add_u16(flow.tos.into());
-        put(ip, 10, sum.add_u16(total_len).checksum().to_be_bytes());
+        let sum = checksum::plus(checksum::plus(template.ip_sum, flow.tos.into()), total_len);
+        put(ip, 10, (!sum).to_be_bytes());
     }
 
     let udp = &mut ip[ip_len..];

@@ -2,6 +2,8 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use crate::wire::{ethernet, ipv4};
+
 /// An IPv6 address, or an IPv4 address mapped into IPv6 (`::ffff:0:0/96`): IPv6 is never a second program.
 ///
 /// Held as the big-endian number it is written as.
@@ -221,6 +223,14 @@ impl Flow {
     #[inline]
     pub fn is_v6(&self) -> bool {
         self.key.is_v6()
+    }
+
+    /// Whether it is a packet in plain IPv4, without tags or options. No other's headers have these lengths.
+    #[inline(always)]
+    pub fn is_plain(&self) -> bool {
+        const L4_OFFSET: u16 = (ethernet::LEN + ipv4::LEN) as u16;
+        self.kind == Kind::Packet
+            && (self.ip_offset, self.l4_offset) == (ethernet::LEN as u16, L4_OFFSET)
     }
 
     /// Whether a TCP connection begins here: SYN without ACK.

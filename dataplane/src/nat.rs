@@ -4,5 +4,6 @@ mod slots;
 pub mod translate;
 
 pub use slots::{
-    Connection, Id, MAX_BANKS, Side, Slots, State, Sums, Sweep, Timeouts, ToClient, ToTask, Way,
+    Connection, Id, MAX_BANKS, Plain, Side, Slots, State, Sums, Sweep, Timeouts, ToClient, ToTask,
+    Way,
 };

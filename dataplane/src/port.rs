@@ -156,15 +156,6 @@ impl Frame {
         }
     }
 
-    /// Begins to fetch the cache line in front of the packet, for a header that will be written there.
-    #[inline]
-    pub fn prefetch_front(&self) {
-        const LINE: usize = 64;
-        if let Some(before) = self.chunk.get(self.start().wrapping_sub(LINE)) {
-            prefetch(before);
-        }
-    }
-
     /// Gives the chunk back to a port, which needs only its number.
     #[cfg_attr(not(feature = "xdp"), allow(dead_code))]
     fn into_chunk(self) -> (u32, &'static mut [u8]) {

@@ -184,7 +184,7 @@ pub fn keepalive(
     let key = key.reversed();
     write_tcp(frame.packet_mut(), &key, 0, 0, tcp_flags::ACK);
     let flow = Flow { key, ip_offset: 0, ip_len: len as u16, ..Flow::NONE };
-    translate::send_by(frame, (&flow, key.is_v6()), way, own)
+    translate::send_by(frame, &flow, way, own)
 }
 
 /// Writes IP and TCP headers without options or payload.

@@ -6,7 +6,7 @@
 
 mod nat;
 
-use std::{mem, time::Duration};
+use std::{array, mem, time::Duration};
 
 use crate::{
     connections::{Connections, Reader},
@@ -18,6 +18,7 @@ use crate::{
     nat::{Id, Slots, Sweep},
     parse,
     port::{BURST, Frame, Frames, Pool, Port},
+    prefetch,
     publish::Subscriber,
     rate_limit::RateLimit,
     reply,
@@ -56,14 +57,17 @@ pub struct Parts<P> {
 
 /// The number of no port.
 const NO_PORT: u32 = u32::MAX;
+/// The most interfaces that can be told apart.
+const LINKS: usize = 1 << u8::BITS;
 
 /// One polling thread's whole state.
 #[derive(Debug)]
 pub struct Worker<P> {
     ports: Vec<P>,
     links: Vec<usize>,
-    /// Which port a packet for an interface leaves by, or [`NO_PORT`], by link index.
-    egress: Vec<u32>,
+    /// Which port a packet for an interface leaves by, or [`NO_PORT`], by link index. One for each that there can be:
+    /// no look needs a check.
+    egress: Box<[u32; LINKS]>,
     pool: Pool,
     connections: Connections,
     scheduler: Scheduler,
@@ -86,12 +90,11 @@ impl<P: Port> Worker<P> {
     /// If a port belongs to no interface.
     pub fn new(parts: Parts<P>) -> Self {
         assert_eq!(parts.ports.len(), parts.links.len(), "every port belongs to an interface");
-        let interfaces = parts.links.iter().max().map_or(0, |most| most + 1);
         let first_port =
             |link| parts.links.iter().position(|&of| of == link).map_or(NO_PORT, |at| at as u32);
         let slots = parts.counters.backends();
         Self {
-            egress: (0..interfaces).map(first_port).collect(),
+            egress: Box::new(array::from_fn(first_port)),
             outbound: parts.ports.iter().map(|_| Box::new(Frames::new())).collect(),
             icmp_limit: RateLimit::new(parts.icmp_errors_per_s),
             nat_sweep: Sweep::new(parts.id, parts.peers.len() + 1),
@@ -155,7 +158,7 @@ impl<P: Port> Worker<P> {
             pool: &mut self.pool,
             outbound: &mut self.outbound,
             icmp_limit: &mut self.icmp_limit,
-            seen: nat::Seen::default(),
+            seen: nat::Seen::NOTHING,
         };
         // Each stage goes over the whole burst and asks for the memory that the next one reads, so that
         // cache misses overlap.
@@ -209,7 +212,7 @@ impl<P: Port> Worker<P> {
             if let Some((frame, link)) =
                 nat::ask_client(slots, slot, (forwarding, now), &mut self.pool)
             {
-                let port = self.egress.get(usize::from(link)).copied().unwrap_or(NO_PORT);
+                let port = self.egress[usize::from(link)];
                 if port == NO_PORT {
                     return self.pool.put(frame);
                 }
@@ -271,7 +274,7 @@ enum Next {
     /// Wrap it for the backend in this slot.
     Tunnel(Slot),
     /// Translate it for a task of this service; it most probably has this slot.
-    Translate(u32, Option<Id>),
+    Translate(u32, Id),
     /// Translate it for the client that has this slot.
     Return(Id),
     /// It is ready: send it by this port.
@@ -298,7 +301,7 @@ struct Burst<'a> {
     link_index: u8,
     nat: Option<&'a Slots>,
     ingress: u32,
-    egress: &'a [u32],
+    egress: &'a [u32; LINKS],
     hash_key: HashKey,
     context: Context<'a>,
     pool: &'a mut Pool,
@@ -315,6 +318,8 @@ impl<'a> Burst<'a> {
         for (frame, packet) in inbound.iter().zip(packets) {
             let bytes = frame.packet();
             total += bytes.len() as u64;
+            // For the outer header. Not at once for the whole burst: a seventh of a turn's time.
+            prefetch::prefetch_front(bytes);
             if parse::plain_ipv4(bytes, &mut packet.flow) {
                 self.classify(bytes, packet);
             } else {
@@ -429,18 +434,30 @@ impl<'a> Burst<'a> {
             *next = Next::Drop(DropReason::NextHopUnresolved);
             return;
         };
-        let counters = self.context.counters;
-        if self.link.partial_checksums && encap::complete_checksum(frame.packet_mut(), flow) {
-            counters.count(Event::ChecksumsCompleted, 1);
-        }
+        self.complete(frame, flow);
         if flow.kind == Kind::IcmpError {
-            counters.count(Event::IcmpErrorsForwarded, 1);
+            self.context.counters.count(Event::IcmpErrorsForwarded, 1);
         }
         if flow.ip_len > backend.mtu {
             *next = Next::Shrink(slot);
             return;
         }
         self.wrap(frame, packet, slot, (backend, port));
+    }
+
+    /// Completes a checksum that the sender left to its network card.
+    #[inline(always)]
+    fn complete(&self, frame: &mut Frame, flow: &Flow) {
+        if self.link.partial_checksums {
+            self.complete_checksum(frame, flow);
+        }
+    }
+
+    #[inline(never)]
+    fn complete_checksum(&self, frame: &mut Frame, flow: &Flow) {
+        if encap::complete_checksum(frame.packet_mut(), flow) {
+            self.context.counters.count(Event::ChecksumsCompleted, 1);
+        }
     }
 
     /// Wraps what fits the way to its backend.
@@ -465,8 +482,14 @@ impl<'a> Burst<'a> {
     #[inline(always)]
     fn reach(&self, slot: Slot) -> Option<(&'a Backend, u32)> {
         let backend = self.forwarding.backend(slot).filter(|backend| backend.reachable)?;
-        let port = *self.egress.get(usize::from(backend.link))?;
-        (port != NO_PORT).then_some((backend, port))
+        Some((backend, self.port_of(backend.link)?))
+    }
+
+    /// The port that packets for this interface leave by.
+    #[inline(always)]
+    fn port_of(&self, link: u8) -> Option<u32> {
+        let port = self.egress[usize::from(link)];
+        (port != NO_PORT).then_some(port)
     }
 
     /// Hands each frame on.

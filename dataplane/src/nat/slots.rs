@@ -59,6 +59,9 @@ const UNNOTED: u32 = 1000 >> TIME_SHIFT;
 pub struct Id(u32);
 
 impl Id {
+    /// Port 0 of the first bank.
+    pub const NOBODYS: Self = Self(0);
+
     /// The slot of a bank's port.
     #[inline]
     pub fn new(bank: u16, port: u16) -> Self {
@@ -178,8 +181,12 @@ impl State {
     #[inline]
     fn silent(self, now: Tick) -> u32 {
         // A state that another worker has just renewed may be ahead of this worker's clock.
-        let silent = (Self::units(now) as u32).wrapping_sub(self.0 as u32);
-        if silent as i32 > 0 { silent } else { 0 }
+        self.age(now).max(0) as u32
+    }
+
+    #[inline(always)]
+    fn age(self, now: Tick) -> i32 {
+        (Self::units(now) as u32).wrapping_sub(self.0 as u32) as i32
     }
 
     /// Whether both sides are through with the connection.
@@ -212,9 +219,8 @@ impl State {
             Side::Client => (self.0 ^ self.0 >> 1) & Self::ANSWERED,
             Side::Task => !self.0 & Self::ANSWERED,
         };
-        flags & (tcp_flags::FIN | tcp_flags::RST) == 0
-            && news | self.0 & Self::RESET == 0
-            && self.silent(now) < UNNOTED
+        let ends = u64::from(flags & (tcp_flags::FIN | tcp_flags::RST));
+        news | self.0 & Self::RESET | ends == 0 && self.age(now) < UNNOTED as i32
     }
 
     /// What it becomes by a packet. Equal to itself if nothing is worth noting.
@@ -329,6 +335,13 @@ mod word {
 #[cfg_attr(not(loom), derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::KnownLayout))]
 #[repr(C, align(64))]
 struct Wide([AtomicU64; 8]);
+
+/// Two addresses of IPv4 in one word.
+#[inline(always)]
+fn narrow(pair: [Address; 2]) -> u64 {
+    let [one, other] = pair.map(|Address(address)| u64::from(address as u32));
+    one << 32 | other
+}
 
 /// Client's and VIP's port, family, protocol and the task's port in one word; the last does not name the flow.
 #[inline(always)]
@@ -500,12 +513,8 @@ impl Place<'_> {
             wide.set(0, ends);
             wide.set(4, inside);
         }
-        let pair = |pair: [Address; 2]| {
-            let [one, other] = pair.map(|Address(address)| u64::from(address as u32));
-            one << 32 | other
-        };
-        record.set(word::ENDS, pair(ends));
-        record.set(word::INSIDE, pair(inside));
+        record.set(word::ENDS, narrow(ends));
+        record.set(word::INSIDE, narrow(inside));
         record.set(word::PORTS, ports(key, is_v6, *task_port));
         let Sums { addresses, all } = Sums::of(connection, self.id.port());
         let sums = u64::from(addresses) << 16 | u64::from(all);
@@ -542,13 +551,47 @@ pub struct ToTask {
 
 impl ToTask {
     /// Whether answers go to the station that sent this packet, by the interface that it came in by.
+    pub fn is_way_of(&self, packet: &[u8], link: u8) -> bool {
+        is_way_of(packet, link, self.station)
+    }
+}
+
+/// Whether a packet that came in by this interface is from this station, as [`station`] gives it.
+#[inline(always)]
+fn is_way_of(packet: &[u8], link: u8, station: u64) -> bool {
+    // The source address, with the end of the destination's before it.
+    let source = packet.get(4..).and_then(|rest| rest.first_chunk());
+    source.is_some_and(|source| u64::from_le_bytes(*source) & !0xffff | u64::from(link) == station)
+}
+
+/// What a packet of plain IPv4 becomes, as it stands in its slot's record: nothing is unpacked but to be written.
+#[derive(Clone, Copy, Debug)]
+pub struct Plain {
+    /// What it was found in.
+    pub state: State,
+    /// Who serves the connection.
+    pub backend: forwarding::Slot,
+    /// Its new source address above its new destination.
+    pub addresses: u64,
+    /// Its new source port above its new destination.
+    pub ports: u32,
+    /// What changes in its checksums.
+    pub sums: Sums,
+    station: u64,
+}
+
+impl Plain {
+    /// As [`ToTask::is_way_of`].
     #[inline(always)]
     pub fn is_way_of(&self, packet: &[u8], link: u8) -> bool {
-        // The source address, with the end of the destination's before it.
-        let station = packet.get(4..).and_then(|rest| rest.first_chunk());
-        station.is_some_and(|station| {
-            u64::from_le_bytes(*station) & !0xffff | u64::from(link) == self.station
-        })
+        is_way_of(packet, link, self.station)
+    }
+
+    /// Where answers go: the interface, and the station.
+    #[inline(always)]
+    pub fn way(&self) -> (u8, MacAddr) {
+        let [link, _, mac @ ..] = self.station.to_le_bytes();
+        (link, MacAddr(mac))
     }
 }
 
@@ -764,14 +807,18 @@ impl Slots {
         prefetch(&self.index[self.buckets(hash)[0]]);
     }
 
-    /// The slot that a flow with this hash most probably has, if it has any.
+    /// The slot that a flow with this hash most probably has, if it has any; else any that is nobody's.
     #[inline(always)]
-    pub fn likely(&self, hash: u64) -> Option<Id> {
+    pub fn likely(&self, hash: u64) -> Id {
         let bucket = &self.index[self.buckets(hash)[0]];
         let tag = Self::tag(hash);
-        bucket.tagged(Self::lane(hash), tag).or_else(|| {
+        bucket.tagged(Self::lane(hash), tag).unwrap_or_else(|| {
             let lanes = bucket.lanes(tag);
-            (lanes != 0).then(|| bucket.id(lanes.trailing_zeros() as usize % LANES))
+            if lanes == 0 {
+                Id::NOBODYS
+            } else {
+                bucket.id(lanes.trailing_zeros() as usize % LANES)
+            }
         })
     }
 
@@ -792,23 +839,26 @@ impl Slots {
             .flat_map(move |bucket| bits(u64::from(bucket.lanes(tag))).map(|lane| bucket.id(lane)))
     }
 
-    /// The slot that a client's packets have, and what they become. `likely` is looked at first.
-    #[inline]
-    pub fn find(&self, likely: Option<Id>, hash: u64, key: &FlowKey) -> Option<ToTask> {
-        let found = likely.and_then(|id| self.to_task(id, key, key.is_v6()));
-        // It may also have come to be since it was looked for.
-        found.or_else(|| self.find_any(hash, key))
-    }
-
-    /// The same of IPv4, if it is in the slot that it most probably has: [`Self::find`] for nearly every packet.
-    #[inline(always)]
-    pub fn find_narrow(&self, likely: Option<Id>, key: &FlowKey) -> Option<ToTask> {
-        likely.and_then(|id| self.to_task(id, key, false))
-    }
-
-    #[inline(never)]
-    fn find_any(&self, hash: u64, key: &FlowKey) -> Option<ToTask> {
+    /// The slot that a client's packets have, and what they become.
+    pub fn find(&self, hash: u64, key: &FlowKey) -> Option<ToTask> {
         self.candidates(hash).find_map(|id| self.to_task(id, key, key.is_v6()))
+    }
+
+    /// The same of a plain packet, if it is in this slot: for nearly every packet, in the one that is [`Self::likely`].
+    #[inline(always)]
+    pub fn find_plain(&self, id: Id, key: &FlowKey) -> Option<Plain> {
+        let record = self.record(id)?;
+        let state = record.live()?;
+        let ports_word = record.word(word::PORTS);
+        let is_its = record.word(word::ENDS) == narrow([key.src, key.dst])
+            && (ports_word ^ ports(key, false, 0)) & FLOW_PORTS == 0
+            && !state.has(State::DETACHED);
+        let (backend, sums) = record.backend();
+        let addresses = record.word(word::INSIDE);
+        let ports = u32::from(id.port()) << 16 | (ports_word >> TASK_PORT) as u32;
+        let station = record.word(word::STATION);
+        let plain = Plain { state, backend, addresses, ports, sums, station };
+        (is_its && record.lives_on(state)).then_some(plain)
     }
 
     #[inline(always)]
@@ -843,12 +893,12 @@ impl Slots {
     }
 
     /// What a task's packet becomes, if `answer`, which runs from the task to the mesh address, is of the
-    /// connection that this slot stands for, and of this family.
-    #[inline(always)]
-    pub fn to_client(&self, id: Id, answer: &FlowKey, is_v6: bool) -> Option<(State, ToClient)> {
+    /// connection that this slot stands for.
+    pub fn to_client(&self, id: Id, answer: &FlowKey) -> Option<(State, ToClient)> {
         let place = self.place(id)?;
         let record = place.record;
         let state = record.live()?;
+        let is_v6 = answer.is_v6();
         let key = place.key(is_v6);
         let is_its = place.is_v6() == is_v6
             && place.addresses(word::INSIDE, is_v6) == [answer.dst, answer.src]
@@ -857,6 +907,26 @@ impl Slots {
         let (backend, sums) = record.backend();
         let (sums, way) = (sums.reversed(), record.way());
         (is_its && record.lives_on(state)).then_some((state, ToClient { key, sums, backend, way }))
+    }
+
+    /// The same of a plain packet whose client is not behind VLAN tags: [`Self::to_client`] for nearly every packet.
+    #[inline(always)]
+    pub fn plain_to_client(&self, id: Id, answer: &FlowKey) -> Option<Plain> {
+        let record = self.record(id)?;
+        let state = record.live()?;
+        let ports = record.word(word::PORTS);
+        // All but the client's and the VIP's port.
+        let (its, all) =
+            (ports >> 32, u64::from(answer.protocol) | u64::from(answer.src_port) << 16);
+        let is_its = record.word(word::INSIDE) == narrow([answer.dst, answer.src])
+            && its == all
+            && record.word(word::TAGS) == 0;
+        let (backend, sums) = record.backend();
+        let addresses = record.word(word::ENDS).rotate_left(32);
+        let station = record.word(word::STATION);
+        let ports = ports as u32;
+        let plain = Plain { state, backend, addresses, ports, sums: sums.reversed(), station };
+        (is_its && record.lives_on(state)).then_some(plain)
     }
 
     /// Notes a packet. `state` is what the slot was found in.
@@ -1202,17 +1272,76 @@ mod tests {
             let opened = slots.open(&[MESH], 7, Tick(0), |_| one).unwrap();
             assert_eq!(slots.connection(opened.id), Some((opened.state, one)));
             assert_eq!((opened.mesh, opened.task, opened.task_port), (one.mesh, one.task, 8080));
-            assert!(slots.find(None, 7, &one.key).is_some());
-            assert!(slots.find(None, 7, &other.key).is_none());
+            assert!(slots.find(7, &one.key).is_some());
+            assert!(slots.find(7, &other.key).is_none());
             let answered = |Connection { key, task, mesh, task_port, .. }: Connection| {
                 let (src, dst, src_port, dst_port) = (task, mesh, task_port, 1024);
                 let answer = FlowKey { src, dst, src_port, dst_port, ..key };
-                slots.to_client(opened.id, &answer, answer.is_v6())
+                slots.to_client(opened.id, &answer)
             };
             let (_, to) = answered(one).unwrap();
             assert_eq!((to.key, to.way, to.backend), (one.key, one.way, one.backend));
             assert!(answered(other).is_none());
             slots.close(opened.id, opened.state);
+        }
+    }
+
+    #[test]
+    fn a_plain_packet_finds_in_a_slot_what_any_packet_does() {
+        let slots = Slots::new(1, Timeouts::default(), 1024..=1024).unwrap();
+        let untagged = Way { mac: MacAddr([2, 0, 0, 0, 0, 9]), link: 3, tags: [0; 2] };
+        let one = Connection { way: untagged, ..connection(1) };
+        let Connection { key, task, task_port, mesh, .. } = one;
+        let answer = FlowKey { src: task, dst: mesh, src_port: task_port, dst_port: 1024, ..key };
+        let both = |src: u16, dst: u16| u32::from(src) << 16 | u32::from(dst);
+        let opened = slots.open(&[MESH], 7, Tick(0), |_| one).unwrap();
+        let id = opened.id;
+
+        let to = slots.find_plain(id, &key).unwrap();
+        assert_eq!((to.state, to.backend, to.sums), (opened.state, one.backend, opened.sums));
+        assert_eq!((to.addresses, to.ports), (narrow([mesh, task]), both(1024, task_port)));
+        let from_there = [[0; 6], untagged.mac.0].concat();
+        assert!(to.is_way_of(&from_there, 3) && !to.is_way_of(&from_there, 2));
+
+        let to = slots.plain_to_client(id, &answer).unwrap();
+        assert_eq!(
+            (to.state, to.backend, to.sums),
+            (opened.state, one.backend, opened.sums.reversed())
+        );
+        let ports = both(key.dst_port, key.src_port);
+        assert_eq!((to.addresses, to.ports), (narrow([key.dst, key.src]), ports));
+        assert_eq!(to.way(), (3, untagged.mac));
+
+        for (other, answer) in [
+            (FlowKey { src: mesh, ..key }, FlowKey { src: mesh, ..answer }),
+            (FlowKey { dst: mesh, ..key }, FlowKey { dst: task, ..answer }),
+            (FlowKey { src_port: 2, ..key }, FlowKey { src_port: 2, ..answer }),
+            (
+                FlowKey { protocol: protocol::UDP, ..key },
+                FlowKey { protocol: protocol::UDP, ..answer },
+            ),
+        ] {
+            assert!(slots.find_plain(id, &other).is_none());
+            assert!(slots.plain_to_client(id, &answer).is_none());
+        }
+        slots.detach(id, opened.state);
+        assert!(slots.find_plain(id, &key).is_none());
+        assert!(slots.plain_to_client(id, &answer).is_some());
+
+        let tagged = Connection { way: Way { tags: [7, 0], ..untagged }, ..one };
+        let wide = |Address(address)| Address(0x2001_0db8 << 96 | u128::from(address as u32));
+        let wide = Connection {
+            key: FlowKey { src: wide(key.src), dst: wide(key.dst), ..key },
+            task: wide(task),
+            mesh: wide(mesh),
+            ..one
+        };
+        for (other, is_found) in [(tagged, true), (wide, false)] {
+            let state = slots.connection(id).unwrap().0;
+            slots.close(id, state);
+            slots.open(&[MESH], 7, Tick(0), |_| other).unwrap();
+            assert_eq!(slots.find_plain(id, &key).is_some(), is_found);
+            assert!(slots.plain_to_client(id, &answer).is_none());
         }
     }
 
@@ -1230,7 +1359,7 @@ mod tests {
         slots.touch(id, state, Side::Client, tcp_flags::RST, Tick(0));
         let (now, connection) = slots.connection(id).unwrap();
         assert!(!now.is_closed() && connection.key.src_port == 2);
-        assert!(slots.find(slots.likely(7), 7, &connection.key).is_some());
+        assert!(slots.find(7, &connection.key).is_some());
     }
 
     #[test]
@@ -1266,7 +1395,7 @@ mod tests {
             let hash = u64::from(number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
             let opened =
                 slots.open(&mesh, hash, Tick(0), |_| connection(number)).expect("there is room");
-            let found = slots.find(slots.likely(hash), hash, &connection(number).key).unwrap();
+            let found = slots.find(hash, &connection(number).key).unwrap();
             assert_eq!((found.id, found.state), (opened.id, opened.state));
         }
         assert_eq!([0, 1, 2, 3].map(|bank| slots.used(bank)), [100, 100, 100, 0]);

@@ -4,7 +4,7 @@
 
 use zerocopy::FromBytes;
 
-use super::{Sums, Way};
+use super::{Plain, Sums, Way};
 use crate::{
     counters::DropReason,
     flow::{Address, Flow, protocol, tcp_flags},
@@ -19,40 +19,33 @@ use crate::{
 /// An address and a port.
 pub type End = (Address, u16);
 
-/// Gives a packet of TCP or UDP, of this family, another source and destination. `sums` is what changes by that.
+/// The headers of a plain packet.
+pub type PlainHeaders = [u8; ethernet::LEN + ipv4::LEN + tcp::LEN];
+
+/// Gives a plain packet of TCP or UDP the source and destination of its slot. All offsets are constants, and no store
+/// needs a check.
 #[inline(always)]
-pub fn packet(packet: &mut [u8], (flow, is_v6): (&Flow, bool), src: End, dst: End, sums: Sums) {
-    let ip = &mut packet[usize::from(flow.ip_offset)..];
-    let header_len = usize::from(flow.l4_offset - flow.ip_offset);
-    match ip.first_chunk_mut::<{ ipv4::LEN + tcp::LEN }>() {
-        // All offsets are constants, and no store needs a check.
-        Some(plain) if !is_v6 && header_len == ipv4::LEN => {
-            let (ip, l4) = plain.split_at_mut(ipv4::LEN);
-            headers((ip, l4), (flow, false), src, dst, sums);
-        }
-        _ => any_headers(ip.split_at_mut(header_len), flow, src, dst, sums),
-    }
+pub fn plain(headers: &mut PlainHeaders, transport: u8, to: &Plain) {
+    let (ip, l4) = headers[ethernet::LEN..].split_at_mut(ipv4::LEN);
+    ip[12..20].copy_from_slice(&to.addresses.to_be_bytes());
+    add(ip, 10, to.sums.addresses);
+    ports(l4, transport, to.ports, to.sums.all);
 }
 
-#[inline(never)]
-fn any_headers(ip_l4: (&mut [u8], &mut [u8]), flow: &Flow, src: End, dst: End, sums: Sums) {
-    headers(ip_l4, (flow, flow.is_v6()), src, dst, sums);
+/// Gives a packet of TCP or UDP another source and destination. `sums` is what changes by that.
+pub fn packet(packet: &mut [u8], flow: &Flow, src: End, dst: End, sums: Sums) {
+    let (ip, l4) = packet.split_at_mut(usize::from(flow.l4_offset));
+    let ip = &mut ip[usize::from(flow.ip_offset)..];
+    addresses(ip, [src.0, dst.0], sums.addresses, flow.is_v6());
+    ports(l4, flow.protocol, both(src.1, dst.1), sums.all);
 }
 
-#[inline(always)]
-fn headers(
-    (ip, l4): (&mut [u8], &mut [u8]),
-    (flow, is_v6): (&Flow, bool),
-    src: End,
-    dst: End,
-    sums: Sums,
-) {
-    addresses(ip, [src.0, dst.0], sums.addresses, is_v6);
-    ports(l4, flow.protocol, [src.1, dst.1], sums.all);
+/// A source port above a destination port.
+fn both(src: u16, dst: u16) -> u32 {
+    u32::from(src) << 16 | u32::from(dst)
 }
 
 /// Overwrites the addresses of an IP header, and mends the checksum that IPv4 has.
-#[inline(always)]
 fn addresses(ip: &mut [u8], ends: [Address; 2], change: u16, v6: bool) {
     put_addresses(ip, ends, v6);
     if !v6 {
@@ -60,7 +53,6 @@ fn addresses(ip: &mut [u8], ends: [Address; 2], change: u16, v6: bool) {
     }
 }
 
-#[inline(always)]
 fn put_addresses(ip: &mut [u8], [src, dst]: [Address; 2], v6: bool) {
     if v6 {
         let ip = &mut ip[..ipv6::LEN];
@@ -75,8 +67,8 @@ fn put_addresses(ip: &mut [u8], [src, dst]: [Address; 2], v6: bool) {
 
 /// Overwrites the ports of a transport header and mends its checksum, as far as they are there.
 #[inline(always)]
-fn ports(l4: &mut [u8], transport: u8, [src, dst]: [u16; 2], change: u16) {
-    l4[..4].copy_from_slice(&(u32::from(src) << 16 | u32::from(dst)).to_be_bytes());
+fn ports(l4: &mut [u8], transport: u8, ports: u32, change: u16) {
+    l4[..4].copy_from_slice(&ports.to_be_bytes());
     if transport == protocol::TCP {
         if l4.len() >= 18 {
             add(l4, 16, change);
@@ -126,7 +118,7 @@ pub fn icmp_error(
     let l4 = quoted_transport(quote, flow.is_v6()).ok_or(DropReason::Truncated)?;
     let (quoted_ip, quoted_l4) = quote.split_at_mut(l4);
     addresses(quoted_ip, [quoted.0.0, quoted.1.0], sums.addresses, flow.is_v6());
-    ports(quoted_l4, flow.key.protocol, [quoted.0.1, quoted.1.1], sums.all);
+    ports(quoted_l4, flow.key.protocol, both(quoted.0.1, quoted.1.1), sums.all);
     header[2..4].fill(0);
     put_addresses(ip, [src, dst], flow.is_v6());
     if !flow.is_v6() {
@@ -210,41 +202,8 @@ pub fn way_of(packet: &[u8], ip_offset: u16, link: u8) -> Way {
 ///
 /// # Errors
 /// If there is no room.
-#[inline(always)]
-pub fn send_by(
-    frame: &mut Frame,
-    (flow, is_v6): (&Flow, bool),
-    way: &Way,
-    own: MacAddr,
-) -> Result<(), DropReason> {
-    // Without tags, no store needs a check.
-    match way.tags {
-        [0, _] => write_header(frame, flow, is_v6, way, own, 0),
-        _ => write_tagged_header(frame, flow, is_v6, way, own),
-    }
-}
-
-#[inline(never)]
-fn write_tagged_header(
-    frame: &mut Frame,
-    flow: &Flow,
-    is_v6: bool,
-    way: &Way,
-    own: MacAddr,
-) -> Result<(), DropReason> {
-    let tags = if way.tags[1] == 0 { 1 } else { 2 };
-    write_header(frame, flow, is_v6, way, own, tags)
-}
-
-#[inline(always)]
-fn write_header(
-    frame: &mut Frame,
-    flow: &Flow,
-    is_v6: bool,
-    way: &Way,
-    own: MacAddr,
-    tags: usize,
-) -> Result<(), DropReason> {
+pub fn send_by(frame: &mut Frame, flow: &Flow, way: &Way, own: MacAddr) -> Result<(), DropReason> {
+    let tags = way.tags.iter().take_while(|tag| **tag != 0).count();
     let len = ethernet::LEN + tags * ethernet::TAG_LEN;
     let ip_start = frame.start() + usize::from(flow.ip_offset);
     let start = ip_start.checked_sub(len).ok_or(DropReason::NoHeadroom)?;
@@ -254,9 +213,16 @@ fn write_header(
     for (place, tag) in header[12..].chunks_exact_mut(ethernet::TAG_LEN).zip(way.tags).take(tags) {
         place.copy_from_slice(&tag.to_be_bytes());
     }
-    let ethertype = if is_v6 { ethernet::IPV6 } else { ethernet::IPV4 };
+    let ethertype = if flow.is_v6() { ethernet::IPV6 } else { ethernet::IPV4 };
     header[len - 2..].copy_from_slice(&ethertype.to_be_bytes());
     Ok(())
+}
+
+/// The same for a plain packet that goes to a station without tags: only the stations change.
+#[inline(always)]
+pub fn send_plain_to(headers: &mut PlainHeaders, station: MacAddr, own: MacAddr) {
+    headers[..6].copy_from_slice(&station.0);
+    headers[6..12].copy_from_slice(&own.0);
 }
 
 /// Whether a packet can be translated, or what an ICMP error quotes: TCP's or UDP's.

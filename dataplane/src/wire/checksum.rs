@@ -87,13 +87,20 @@ pub fn pseudo_header_v6(src: [u8; 16], dst: [u8; 16], protocol: u8, len: u32) ->
     Sum::default().add_bytes(&src).add_bytes(&dst).add_u16(u16::from(protocol)).add_u32(len)
 }
 
+/// The ones'-complement sum of two words: less work than a [`Sum`] where there are few.
+#[inline(always)]
+#[must_use]
+pub fn plus(one: u16, other: u16) -> u16 {
+    let (sum, carry) = one.overflowing_add(other);
+    sum + u16::from(carry) // after a carry there is room for it
+}
+
 /// The checksum after the sum of what it covers has changed by `change`, RFC 1624 equation 3. As [`update`], never
 /// turns a right checksum into a wrong one.
 #[inline]
 #[must_use]
 pub fn shift(old_checksum: u16, change: u16) -> u16 {
-    let (sum, carry) = (!old_checksum).overflowing_add(change);
-    !(sum + u16::from(carry)) // after a carry there is room for it
+    !plus(!old_checksum, change)
 }
 
 /// The checksum after one of the words under it changed, RFC 1624 equation 3.

@@ -6,19 +6,18 @@ use zerocopy::FromBytes;
 use super::{Burst, Next, Packet, can_be_answered};
 use crate::{
     counters::{DropReason, Event},
-    encap,
-    flow::{Flow, FlowKey, Kind, protocol, tcp_flags},
-    forwarding::{self, Backend, Service},
+    flow::{Address, Flow, FlowKey, Kind, protocol, tcp_flags},
+    forwarding::{self, Backend, Service, Vip},
     fragment,
     nat::{Connection, Id, Side, Slots, State, ToTask, translate},
     parse,
     port::{Frame, Frames, Pool},
-    reply, select,
+    prefetch, reply, select,
     wire::{ethernet, udp, vxlan},
 };
 
 /// What there is in a burst: a stage that has nothing to do is skipped.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 pub(super) struct Seen {
     /// Packets of clients to translate.
     questions: bool,
@@ -26,6 +25,19 @@ pub(super) struct Seen {
     answers: bool,
     /// Packets to select a backend for.
     others: bool,
+    /// The VIP of the last client's packet, and the service there if it is translated.
+    vip: Vip,
+    service: Option<u32>,
+}
+
+impl Seen {
+    pub(super) const NOTHING: Self = Self {
+        questions: false,
+        answers: false,
+        others: false,
+        vip: Vip { address: Address(0), protocol: 0, port: 0 },
+        service: None,
+    };
 }
 
 impl<'a> Burst<'a> {
@@ -82,12 +94,12 @@ impl<'a> Burst<'a> {
             return;
         }
         packet.hash = flow.key.hash(&self.hash_key);
-        packet.next = match self.nat_service(&flow.key) {
-            Some((service, ..)) => {
+        packet.next = match self.translated(&flow.key) {
+            Some(service) => {
                 self.seen.questions = true;
                 slots.prefetch(packet.hash);
-                frame.prefetch_front();
-                Next::Translate(service, None)
+                prefetch::prefetch_front(frame.packet());
+                Next::Translate(service, Id::NOBODYS)
             }
             None => {
                 self.seen.others = true;
@@ -97,8 +109,18 @@ impl<'a> Burst<'a> {
         };
     }
 
-    /// The service of a client's packet, if it is translated, and its number.
+    /// The number of a client's packet's service, if it is translated. Most packets of a burst are for one VIP.
     #[inline(always)]
+    fn translated(&mut self, key: &FlowKey) -> Option<u32> {
+        let vip = select::vip_of(key);
+        if self.seen.vip != vip {
+            let service = self.nat_service(key).map(|(service, ..)| service);
+            (self.seen.vip, self.seen.service) = (vip, service);
+        }
+        self.seen.service
+    }
+
+    /// The service of a client's packet, if it is translated, and its number.
     fn nat_service(&mut self, key: &FlowKey) -> Option<(u32, &'a Service, &'a forwarding::Nat)> {
         let index = self.context.service_at(self.forwarding, select::vip_of(key))?;
         let service = self.forwarding.service(index)?;
@@ -186,7 +208,7 @@ impl<'a> Burst<'a> {
         packets: &mut [Packet],
     ) -> bool {
         self.parse_tunneled(slots, inbound, packets);
-        let Seen { questions, answers, others } = self.seen;
+        let Seen { questions, answers, others, .. } = self.seen;
         if questions {
             self.translate_questions(slots, inbound, packets);
         }
@@ -202,12 +224,14 @@ impl<'a> Burst<'a> {
         for packet in &mut *packets {
             if let Next::Translate(_, likely) = &mut packet.next {
                 *likely = slots.likely(packet.hash);
-                likely.iter().for_each(|id| slots.prefetch_slot(*id));
+                slots.prefetch_slot(*likely);
             }
         }
         for (frame, packet) in inbound.iter_mut().zip(packets) {
-            if let Next::Translate(service, likely) = packet.next
-                && let Err(reason) = self.toward_task(slots, frame, packet, (service, likely))
+            let Next::Translate(service, likely) = packet.next else { continue };
+            self.complete(frame, &packet.flow);
+            if !self.toward_plain_task(slots, frame, packet, (service, likely))
+                && let Err(reason) = self.toward_task(slots, frame, packet, service)
             {
                 packet.next = Next::Drop(reason);
             }
@@ -219,59 +243,64 @@ impl<'a> Burst<'a> {
     fn translate_answers(&self, slots: &Slots, inbound: &mut Frames, packets: &mut [Packet]) {
         for (frame, packet) in inbound.iter_mut().zip(packets) {
             if let Next::Return(id) = packet.next {
-                let port = match packet.flow.is_v6() {
-                    false => self.toward_client((slots, id), frame, packet, false),
-                    true => self.toward_wide_client(slots, id, frame, packet),
+                self.complete(frame, &packet.flow);
+                packet.next = match self.toward_plain_client(slots, id, frame, packet) {
+                    Some(port) => Next::Send(port),
+                    None => self
+                        .toward_client(slots, id, frame, packet)
+                        .map_or_else(Next::Drop, Next::Send),
                 };
-                packet.next = port.map_or_else(Next::Drop, Next::Send);
             }
         }
     }
 
-    /// A client's packet becomes one to its task.
+    /// A client's packet becomes one to its task, as nearly every one does that is plain, has a slot and fits. What
+    /// is translated here is wrapped at once, since what that takes is at hand. Says whether it was so; if not,
+    /// the packet is as it was.
     ///
-    /// Nearly every packet is of IPv4, has a slot, and fits. Others take a way of their own, so that these have the
-    /// registers to themselves: 87 instructions less. What is translated here is wrapped at once, since what that
-    /// takes is at hand.
+    /// Others take a way of their own, so that these have the registers to themselves, constant offsets, and
+    /// nothing that is unpacked but to be written: 110 instructions less.
     #[inline(always)]
+    fn toward_plain_task(
+        &mut self,
+        slots: &Slots,
+        frame: &mut Frame,
+        packet: &mut Packet,
+        (service, likely): (u32, Id),
+    ) -> bool {
+        let flow = &packet.flow;
+        if flow.is_plain()
+            && !flow.is_syn()
+            && let Some(to) = slots.find_plain(likely, &flow.key)
+            && let Some((backend, port)) = self.reach(to.backend)
+            && backend.service == service
+            && flow.ip_len <= backend.mtu
+            && let Some(headers) = frame.packet_mut().first_chunk_mut()
+            && to.is_way_of(headers, self.link_index)
+        {
+            translate::plain(headers, flow.protocol, &to);
+            slots.touch(likely, to.state, Side::Client, flow.tcp_flags, self.context.now());
+            self.context.counters.count(Event::ConnectionHits, 1);
+            self.wrap(frame, packet, to.backend, (backend, port));
+            return true;
+        }
+        false
+    }
+
+    /// A client's packet becomes one to its task, whatever it is.
+    #[inline(never)]
     fn toward_task(
         &mut self,
         slots: &Slots,
         frame: &mut Frame,
         packet: &mut Packet,
-        (service, likely): (u32, Option<Id>),
-    ) -> Result<(), DropReason> {
-        self.complete(frame, packet);
-        let flow = &packet.flow;
-        if flow.kind == Kind::Packet
-            && !flow.is_syn()
-            && let Some(to) = slots.find_narrow(likely, &flow.key)
-            && let Some((backend, port)) = self.reach(to.backend)
-            && backend.service == service
-            && flow.ip_len <= backend.mtu
-        {
-            self.context.counters.count(Event::ConnectionHits, 1);
-            self.rewrite(slots, frame, (flow, false), &to);
-            self.wrap(frame, packet, to.backend, (backend, port));
-            return Ok(());
-        }
-        self.toward_any_task(slots, frame, packet, (service, likely))
-    }
-
-    /// [`Self::toward_task`], whatever the packet is.
-    #[inline(never)]
-    fn toward_any_task(
-        &mut self,
-        slots: &Slots,
-        frame: &mut Frame,
-        packet: &mut Packet,
-        (service, likely): (u32, Option<Id>),
+        service: u32,
     ) -> Result<(), DropReason> {
         let flow = &packet.flow;
         if flow.kind == Kind::IcmpError {
             return self.error_to_task(slots, frame, packet);
         }
-        let found = slots.find(likely, packet.hash, &flow.key);
+        let found = slots.find(packet.hash, &flow.key);
         let (to, backend) = match self.good_for(slots, packet, service, found) {
             Ok(Some(good)) => good,
             Ok(None) => self.open(slots, frame, packet)?,
@@ -284,7 +313,7 @@ impl<'a> Burst<'a> {
             packet.next = Next::Shrink(to.backend);
             return Ok(());
         }
-        self.rewrite(slots, frame, (flow, flow.is_v6()), &to);
+        self.rewrite(slots, frame, flow, &to);
         if flow.is_syn() {
             translate::clamp_mss(frame, flow, backend.mtu);
         }
@@ -308,31 +337,16 @@ impl<'a> Burst<'a> {
     }
 
     /// Gives a client's packet the addresses and ports of its slot, and notes it there.
-    #[inline(always)]
-    fn rewrite(&self, slots: &Slots, frame: &mut Frame, (flow, is_v6): (&Flow, bool), to: &ToTask) {
+    fn rewrite(&self, slots: &Slots, frame: &mut Frame, flow: &Flow, to: &ToTask) {
         let packet = frame.packet_mut();
         if !to.is_way_of(packet, self.link_index) {
-            self.redirect(slots, (to.id, to.state), packet, flow);
+            // The router next to us was replaced: answers leave by the way that this packet came, from now on.
+            let way = translate::way_of(packet, flow.ip_offset, self.link_index);
+            slots.redirect((to.id, to.state), &way);
         }
         let (src, dst) = ((to.mesh, to.id.port()), (to.task, to.task_port));
-        translate::packet(packet, (flow, is_v6), src, dst, to.sums);
+        translate::packet(packet, flow, src, dst, to.sums);
         slots.touch(to.id, to.state, Side::Client, flow.tcp_flags, self.context.now());
-    }
-
-    /// Answers leave by the way that this packet came, from now on: the router next to us was replaced.
-    #[cold]
-    fn redirect(&self, slots: &Slots, slot: (Id, State), packet: &[u8], flow: &Flow) {
-        slots.redirect(slot, &translate::way_of(packet, flow.ip_offset, self.link_index));
-    }
-
-    /// Completes a checksum that the sender left to its network card: what is known of it is of the packet as
-    /// it came.
-    #[inline]
-    fn complete(&self, frame: &mut Frame, packet: &Packet) {
-        if self.link.partial_checksums && encap::complete_checksum(frame.packet_mut(), &packet.flow)
-        {
-            self.context.counters.count(Event::ChecksumsCompleted, 1);
-        }
     }
 
     /// Whether the slot that was found is good for a client's packet, with its backend. `None` if the packet
@@ -422,7 +436,7 @@ impl<'a> Burst<'a> {
         packet: &mut Packet,
     ) -> Result<(), DropReason> {
         let Packet { flow, hash, .. } = packet;
-        let to = slots.find(slots.likely(*hash), *hash, &flow.key);
+        let to = slots.find(*hash, &flow.key);
         let to = to.ok_or(DropReason::IcmpUnmatched)?;
         let quoted = ((to.task, to.task_port), (to.mesh, to.id.port()));
         translate::icmp_error(frame, flow, (to.mesh, to.task), quoted, to.sums)?;
@@ -432,30 +446,48 @@ impl<'a> Burst<'a> {
         Ok(())
     }
 
-    /// [`Self::toward_client`] for IPv6. Apart, so that IPv4 has the registers to itself.
+    /// What a task sent becomes what the VIP says, as nearly all does that is plain and begins no connection.
+    /// Returns the port that it leaves by. `None`: it is as it was, less padding. 80 instructions less than
+    /// [`Self::toward_client`].
+    #[inline(always)]
+    fn toward_plain_client(
+        &self,
+        slots: &Slots,
+        id: Id,
+        frame: &mut Frame,
+        packet: &Packet,
+    ) -> Option<u32> {
+        let flow = &packet.flow;
+        if !flow.is_plain() || flow.tcp_flags & tcp_flags::SYN != 0 {
+            return None;
+        }
+        let to = slots.plain_to_client(id, &flow.key)?;
+        let backend = self.forwarding.backend(to.backend)?;
+        if backend.template.far_end() != packet.outer {
+            return None;
+        }
+        let (link, station) = to.way();
+        let port = self.port_of(link)?;
+        frame.set_len(ethernet::LEN + usize::from(flow.ip_len)); // less padding
+        let headers = frame.packet_mut().first_chunk_mut()?;
+        translate::plain(headers, flow.protocol, &to);
+        translate::send_plain_to(headers, station, self.forwarding.link(link.into()).mac);
+        slots.touch(id, to.state, Side::Task, flow.tcp_flags, self.context.now());
+        self.context.counters.count(Event::NatReplies, 1);
+        Some(port)
+    }
+
+    /// What a task sent becomes what the VIP says, whatever it is. Returns the port that it leaves by.
     #[inline(never)]
-    fn toward_wide_client(
+    fn toward_client(
         &self,
         slots: &Slots,
         id: Id,
         frame: &mut Frame,
         packet: &Packet,
     ) -> Result<u32, DropReason> {
-        self.toward_client((slots, id), frame, packet, true)
-    }
-
-    /// What a task sent, of this family, becomes what the VIP says. Returns the port that it leaves by.
-    #[inline(always)]
-    fn toward_client(
-        &self,
-        (slots, id): (&Slots, Id),
-        frame: &mut Frame,
-        packet: &Packet,
-        is_v6: bool,
-    ) -> Result<u32, DropReason> {
-        self.complete(frame, packet);
         let flow = &packet.flow;
-        let (state, to) = slots.to_client(id, &flow.key, is_v6).ok_or(DropReason::NatUnmatched)?;
+        let (state, to) = slots.to_client(id, &flow.key).ok_or(DropReason::NatUnmatched)?;
         let backend = self.forwarding.backend(to.backend).ok_or(DropReason::NoBackend)?;
         if backend.template.far_end() != packet.outer {
             return Err(DropReason::SpoofedTunnel);
@@ -466,19 +498,15 @@ impl<'a> Burst<'a> {
             translate::icmp_error(frame, flow, (vip.0, client.0), quoted, to.sums)?;
             self.context.counters.count(Event::IcmpErrorsForwarded, 1);
         } else {
-            translate::packet(frame.packet_mut(), (flow, is_v6), vip, client, to.sums);
+            translate::packet(frame.packet_mut(), flow, vip, client, to.sums);
             if flow.tcp_flags & tcp_flags::SYN != 0 {
                 translate::clamp_mss(frame, flow, backend.mtu);
             }
             slots.touch(id, state, Side::Task, flow.tcp_flags, self.context.now());
         }
-        let link = usize::from(to.way.link);
-        let port = *self.egress.get(link).ok_or(DropReason::NextHopUnresolved)?;
-        if port == super::NO_PORT {
-            return Err(DropReason::NextHopUnresolved);
-        }
-        let own = self.forwarding.link(link).mac;
-        translate::send_by(frame, (flow, is_v6), &to.way, own)?;
+        let port = self.port_of(to.way.link).ok_or(DropReason::NextHopUnresolved)?;
+        let own = self.forwarding.link(to.way.link.into()).mac;
+        translate::send_by(frame, flow, &to.way, own)?;
         self.context.counters.count(Event::NatReplies, 1);
         Ok(port)
     }
