@@ -53,7 +53,10 @@ use crate::{
     local::{FAR_ADDRESS, Limits, LocalClients, LocalLink, LocalLinkError, NODE_ADDRESS, Refused},
     mesh::Teacher,
     next_hop::{HopState, Hops, NextHopError, NextHops},
-    plan::{Inputs, Interface, Placement, Plan, PlanError, Planner, Settings, Steering, health_of},
+    plan::{
+        Inputs, Interface, Placement, Placements, Plan, PlanError, Planner, Settings, Steering,
+        health_of,
+    },
     source::{
         api::{Store, StoreError},
         file::{Cause, FileSource, FileSourceError},
@@ -304,7 +307,7 @@ struct Daemon {
     local_refused: watch::Receiver<Refused>,
     publisher: Publisher<Forwarding>,
     generation: Generation,
-    backends: Arc<[Placement]>,
+    placements: Placements,
     /// Whose these are: also where the configuration before could not be restored.
     placed: Desired,
     /// When the next drain ends.
@@ -394,7 +397,7 @@ impl Daemon {
             local_refused,
             publisher,
             generation,
-            backends: plan.backends.into(),
+            placements: plan.placements,
             drained_at: plan.drained_at,
             waits: None,
             steered: Steered::default(),
@@ -407,7 +410,7 @@ impl Daemon {
         };
         daemon.log_start();
         warn_too_large(&daemon.interfaces, daemon.config.dataplane.frame_size_bytes);
-        daemon.log_unreachable(&[]);
+        daemon.log_unreachable(&Placements::default());
         daemon.serve_local();
         // Published before steered: XDP never hands over what no worker knows.
         daemon.steer_more(&plan.steer)?;
@@ -586,13 +589,19 @@ impl Daemon {
             return;
         }
         // Nothing that workers have to know.
-        let inputs = self.inputs(&self.hops);
-        let placed = self.placed.backends().zip(self.backends.iter());
-        let rejudge = |((service, backend), placement): ((&Service, _), &Placement)| Placement {
-            health: health_of(&inputs, service, backend),
-            ..placement.clone()
+        let rejudge = |(service, placements): (&Arc<Service>, &Arc<[Placement]>)| {
+            if service.health.is_none() {
+                return placements.clone();
+            }
+            let both = service.backends.iter().zip(&**placements);
+            let rejudge = |(backend, placement): (_, &Placement)| Placement {
+                health: health_of(&self.verdicts, service, backend),
+                ..placement.clone()
+            };
+            both.map(rejudge).collect()
         };
-        self.backends = placed.map(rejudge).collect();
+        let placed = self.placed.services.iter().zip(&*self.placements);
+        self.placements = placed.map(rejudge).collect();
     }
 
     /// The ways to VTEPs: the kernel's, but to those that are silent. Those that the operator has told are not
@@ -730,7 +739,7 @@ impl Daemon {
         // Not by a method: the planner is borrowed mutably beside.
         let (told, own) = ((&hops, &self.verdicts), (&self.interfaces[..], &self.addresses[..]));
         let inputs = inputs(&self.config, told, own, &self.nat);
-        let Plan { forwarding, steer, announced, backends, drained_at, cut, waits } =
+        let Plan { forwarding, steer, announced, placements, drained_at, cut, waits } =
             self.planner.plan(&inputs, now)?;
         let waits = waits.map(|waits| waits.to_string());
         if let Some(sentence) = waits.as_ref().filter(|_| waits != self.waits) {
@@ -746,7 +755,7 @@ impl Daemon {
         self.generation = self.publisher.publish(Arc::new(forwarding));
         self.hops = hops;
         self.drained_at = drained_at;
-        let before = std::mem::replace(&mut self.backends, backends.into());
+        let before = std::mem::replace(&mut self.placements, placements);
         self.placed = self.config.desired.clone();
         self.log_unreachable(&before);
         self.acknowledged().await;
@@ -766,12 +775,6 @@ impl Daemon {
         let here = self.placed.services.iter().filter(|service| service.vip == Vip::Node);
         let ports = here.flat_map(|service| service.ports.iter().map(|port| port.published));
         clients.want(ports.collect());
-    }
-
-    /// What a plan is made from.
-    fn inputs<'a>(&'a self, hops: &'a Hops) -> Inputs<'a> {
-        let own = (&self.interfaces[..], &self.addresses[..]);
-        inputs(&self.config, (hops, &self.verdicts), own, &self.nat)
     }
 
     /// Before anything is taken away, what depends on it is announced no more.

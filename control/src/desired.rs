@@ -31,7 +31,7 @@ pub struct Desired {
 }
 
 impl Desired {
-    /// All backends with their services, in the order of a plan's placements.
+    /// All backends with their services.
     pub fn backends<'a>(&'a self) -> impl Iterator<Item = (&'a Service, &'a Backend)> {
         let of = |service: &'a Arc<Service>| service.backends.iter().map(move |b| (&**service, b));
         self.services.iter().flat_map(of)

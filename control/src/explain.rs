@@ -25,7 +25,7 @@ use crate::{
     config::{self, Config},
     desired::{self, Backend, Desired, Mode, Protocol, Service, ServicePort, port_ranges},
     offline::Offline,
-    plan::{Placement, PlanError},
+    plan::{Placement, Placements, PlanError},
     view::{self, Observed, View},
     workers::Handle,
 };
@@ -212,8 +212,8 @@ pub fn explain(
     vip: SocketAddr,
 ) -> Result<Explanation, ExplainError> {
     let flow = first_packet(protocol, client, vip)?;
-    let Offline { forwarding, backends, .. } = Offline::new(config, None)?;
-    explained(&flow, protocol, vip, (&config.desired, &backends, &forwarding), None)
+    let Offline { forwarding, placements, .. } = Offline::new(config, None)?;
+    explained(&flow, protocol, vip, (&config.desired, &placements, &forwarding), None)
 }
 
 /// The same of a running daemon, and what its workers remember.
@@ -228,7 +228,7 @@ pub fn running(
     vip: SocketAddr,
 ) -> Result<Explained, ExplainError> {
     let flow = first_packet(protocol, client, vip)?;
-    let state = (&view.desired, &*view.placements, &*view.forwarding);
+    let state = (&view.desired, &view.placements, &*view.forwarding);
     let bound = bound(observed, &flow, &view.forwarding);
     let first_packet = explained(&flow, protocol, vip, state, bound)?;
     let key = &flow.key;
@@ -251,9 +251,7 @@ pub fn running(
         let (backend, state) = match handle.connections.find(hash, now, judge)? {
             None => (String::new(), "gone"),
             Some(slot) => {
-                let placed = view.desired.backends().zip(view.placements.iter());
-                let mut here = placed.filter(|(_, placement)| placement.slot == slot);
-                let ((_, backend), placement) = here.next()?;
+                let (_, backend, placement) = in_slot(slot, &view.desired, &view.placements)?;
                 (backend.name.clone(), view::state(backend, placement))
             }
         };
@@ -265,16 +263,24 @@ pub fn running(
 /// What a connection's slot says, if it has one.
 fn translated(slots: &Slots, hash: u64, key: &FlowKey, view: &View) -> Option<Translated> {
     let ToTask { id, state, backend, mesh, task, task_port, .. } = slots.find(hash, key)?;
-    let known = view.forwarding.backend(backend).is_some();
-    let placed = view.desired.backends().zip(view.placements.iter());
-    let mut its = placed.filter(|(_, at)| known && at.slot == backend);
+    let known = view.forwarding.backend(backend);
+    let its = known.and_then(|_| in_slot(backend, &view.desired, &view.placements));
     let socket = |address: Address, port| SocketAddr::new(address.into(), port).to_string();
     Some(Translated {
         mesh: socket(mesh, id.port()),
         target: socket(task, task_port),
-        backend: its.next().map(|((_, backend), _)| backend.name.clone()).unwrap_or_default(),
+        backend: its.map(|(_, backend, _)| backend.name.clone()).unwrap_or_default(),
         state: state.label().to_owned(),
     })
+}
+
+/// The backend that has this slot.
+fn in_slot<'a>(
+    slot: Slot,
+    desired: &'a Desired,
+    placements: &'a Placements,
+) -> Option<(&'a Service, &'a Backend, &'a Placement)> {
+    view::placed_backends(desired, placements).find(|(_, _, placement)| placement.slot == slot)
 }
 
 /// A backend that a client is bound to, and the worker that remembers it.
@@ -301,7 +307,7 @@ fn explained(
     flow: &Flow,
     protocol: Protocol,
     vip: SocketAddr,
-    (desired, placements, forwarding): (&Desired, &[Placement], &Forwarding),
+    (desired, placements, forwarding): (&Desired, &Placements, &Forwarding),
     bound: Option<Bound>,
 ) -> Result<Explanation, ExplainError> {
     if SCRATCH.get().is_none() {
@@ -335,16 +341,13 @@ fn explained(
         let why = format!("{client} is in none of {}", networks.join(", "));
         return dropped(DropReason::NotAllowed, why);
     }
-    let placed = |slot: Slot| {
-        let mut placed = desired.backends().zip(placements);
-        placed.find(|(_, placement)| placement.slot == slot)
-    };
-    let takes = |((_, backend), placement): &((&Service, &Backend), &Placement)| {
+    let placed = |slot: Slot| in_slot(slot, desired, placements);
+    let takes = |(_, backend, placement): &(&Service, &Backend, &Placement)| {
         view::state(backend, placement) == "active"
     };
     let bound = bound.and_then(|(worker, slot)| Some((worker, placed(slot).filter(takes)?)));
     let (worker, kept) = bound.unzip();
-    let ((service, backend), placement) =
+    let (service, backend, placement) =
         kept.or_else(|| placed(selected.slot)).expect("a selected slot was placed");
     if let Some(why) = &placement.unreachable {
         let why =
@@ -455,7 +458,7 @@ fn choice(scheduler: desired::Scheduler, count: usize, worker: Option<usize>) ->
 
 /// What the configuration has instead of what was asked for.
 fn why_dropped(
-    (desired, placements, forwarding): (&Desired, &[Placement], &Forwarding),
+    (desired, placements, forwarding): (&Desired, &Placements, &Forwarding),
     protocol: Protocol,
     vip: SocketAddr,
 ) -> String {

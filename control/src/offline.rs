@@ -8,19 +8,19 @@ use dataplane::{forwarding::Forwarding, nat::Slots, time::Tick};
 use crate::{
     config::Config,
     daemon,
-    plan::{Inputs, Interface, Placement, PlanError},
+    plan::{Inputs, Interface, Placements, PlanError},
 };
 
 /// What an absent interface counts as, in bytes.
 const MTU: u32 = 1500;
 
-/// A snapshot, and where each backend is in it.
+/// A snapshot, and what it was made of.
 #[derive(Debug)]
 pub struct Offline {
     /// The snapshot.
     pub forwarding: Arc<Forwarding>,
-    /// One for each backend, in order.
-    pub backends: Vec<Placement>,
+    /// Where each backend is.
+    pub placements: Placements,
     /// The interfaces.
     pub interfaces: Vec<Interface>,
 }
@@ -53,7 +53,7 @@ impl Offline {
             time: SystemTime::now(),
         };
         let plan = daemon::planner(config).plan(&inputs, Tick(0))?;
-        Ok(Self { forwarding: Arc::new(plan.forwarding), backends: plan.backends, interfaces })
+        Ok(Self { forwarding: Arc::new(plan.forwarding), placements: plan.placements, interfaces })
     }
 }
 

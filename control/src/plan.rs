@@ -104,8 +104,8 @@ pub struct Plan {
     pub steer: Arc<Steering>,
     /// For routers, if VIPs are announced: those with a backend that serves. No ARP is answered for others.
     pub announced: BTreeSet<IpAddr>,
-    /// For people: one for each backend, in order of services and backends.
-    pub backends: Vec<Placement>,
+    /// For people.
+    pub placements: Placements,
     /// When the next drain ends.
     pub drained_at: Option<SystemTime>,
     /// Banks of mesh addresses that are translated no more: what is left of their connections is to be ended.
@@ -113,6 +113,9 @@ pub struct Plan {
     /// Why a swarm's mesh address has to wait for ports, if one has to.
     pub waits: Option<PlanError>,
 }
+
+/// Where all backends ended up, service by service. Those of a service that is as it was are taken as they are.
+pub type Placements = Arc<[Arc<[Placement]>]>;
 
 /// Where a backend ended up.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -210,6 +213,7 @@ pub struct Planner {
     /// By name, as of the last plan.
     planned: foldhash::HashMap<String, Arc<Planned>>,
     surroundings: Surroundings,
+    hops: HashMap<IpAddr, HopState>,
     steer: Arc<Steering>,
     banks: Banks,
     meshed: Vec<Meshed>,
@@ -234,7 +238,7 @@ struct Planned {
     nat: Option<Arc<Nat>>,
     /// Their service's number is the snapshot's to set. `None`: its connections are to go elsewhere.
     backends: Vec<Option<forwarding::Backend>>,
-    placements: Vec<Placement>,
+    placements: Arc<[Placement]>,
     maglev: Arc<Maglev>,
     schedule: Schedule,
     /// Whether a backend takes new connections because it can, and not for want of a better one.
@@ -243,10 +247,9 @@ struct Planned {
     drained_at: Option<SystemTime>,
 }
 
-/// What a service's backends are rendered by, beside the service itself.
-#[derive(Debug, Default)]
+/// What all services are planned by, but for the ways to their backends and what is thought of these.
+#[derive(Debug, Default, PartialEq)]
 struct Surroundings {
-    hops: HashMap<IpAddr, HopState>,
     next_hops: Vec<NextHop>,
     interfaces: Vec<Interface>,
     addresses: Vec<IpAddr>,
@@ -260,17 +263,9 @@ struct Surroundings {
     offline: bool,
 }
 
-/// Whose backends have to be rendered again.
-enum Stale {
-    All,
-    /// Those whose tunnels end there, and those whose drain has ended by now.
-    Vteps(HashSet<IpAddr>, SystemTime),
-}
-
 impl Surroundings {
     fn of(inputs: &Inputs<'_>) -> Self {
         Self {
-            hops: inputs.hops.clone(),
             next_hops: inputs.next_hops.to_vec(),
             interfaces: inputs.interfaces.to_vec(),
             addresses: inputs.addresses.to_vec(),
@@ -283,56 +278,24 @@ impl Surroundings {
             offline: inputs.offline,
         }
     }
-
-    /// Whether all is as it was but for the hops.
-    fn still(&self, inputs: &Inputs<'_>) -> bool {
-        self.next_hops == inputs.next_hops
-            && self.interfaces == inputs.interfaces
-            && self.addresses == inputs.addresses
-            && self.overlays == inputs.desired.overlays
-            && self.named == named(inputs)
-            && self.vtep == inputs.vtep
-            && self.vtep6 == inputs.vtep6
-            && self.answer_arp == inputs.answer_arp
-            && self.announce == inputs.announce
-            && self.offline == inputs.offline
-    }
-
-    fn stale(&self, inputs: &Inputs<'_>) -> Stale {
-        if !self.still(inputs) {
-            return Stale::All;
-        }
-        let either = self.hops.keys().chain(inputs.hops.keys());
-        let other = |vtep: &&IpAddr| self.hops.get(vtep) != inputs.hops.get(vtep);
-        Stale::Vteps(either.filter(other).copied().collect(), inputs.time)
-    }
 }
 
 impl Planned {
-    /// Whether it would be made alike again.
-    fn stays(&self, service: &Arc<Service>, stale: &Stale) -> bool {
-        let same = || Arc::ptr_eq(&self.service, service) || self.service == *service;
-        match stale {
-            Stale::All => false,
-            Stale::Vteps(vteps, time) => {
-                self.drained_at.is_none_or(|deadline| *time < deadline)
-                    && same()
-                    && (vteps.is_empty()
-                        || !service.backends.iter().any(|b| vteps.contains(&b.vtep)))
-            }
-        }
-    }
-
-    /// Whether what is thought of its backends is what it was made by.
-    fn is_judged_by(&self, inputs: &Inputs<'_>) -> bool {
-        let service = &self.service;
-        let mut both = service.backends.iter().zip(&self.placements);
-        service.health.is_none()
-            || both.all(|(backend, at)| at.health == health_of(inputs, service, backend))
+    /// Whether it would be made alike again where only the ways to these VTEPs are others.
+    fn stays(&self, service: &Arc<Service>, moved: &HashSet<IpAddr>, inputs: &Inputs<'_>) -> bool {
+        let judged_alike = |(backend, at): (&Backend, &Placement)| {
+            at.health == health_of(inputs.health, service, backend)
+        };
+        let is_there = |backend: &Backend| !moved.contains(&backend.vtep);
+        (Arc::ptr_eq(&self.service, service) || self.service == *service)
+            && self.drained_at.is_none_or(|deadline| inputs.time < deadline)
+            && (moved.is_empty() || service.backends.iter().all(is_there))
+            && (service.health.is_none()
+                || service.backends.iter().zip(&*self.placements).all(judged_alike))
     }
 
     fn slots(&self) -> impl Iterator<Item = (&str, Slot)> {
-        let both = self.service.backends.iter().zip(&self.placements);
+        let both = self.service.backends.iter().zip(&*self.placements);
         both.map(|(backend, placement)| (backend.name.as_str(), placement.slot))
     }
 }
@@ -346,6 +309,7 @@ impl Planner {
             slots,
             planned: Default::default(),
             surroundings: Surroundings::default(),
+            hops: HashMap::new(),
             steer: Arc::default(),
             banks: Banks::default(),
             meshed: Vec::new(),
@@ -360,7 +324,8 @@ impl Planner {
     /// If what is wanted can't be. Nothing is changed then.
     pub fn plan(&mut self, inputs: &Inputs<'_>, now: Tick) -> Result<Plan, PlanError> {
         self.slots.free_rested(now);
-        let planned = self.services(inputs, now).and_then(|(services, made)| {
+        let surroundings = Surroundings::of(inputs);
+        let planned = self.services(inputs, &surroundings, now).and_then(|(services, made)| {
             let (banks, meshed, waits) = self.meshed(inputs)?;
             let forwarding = self.forwarding((inputs, overlays(inputs, &meshed)), &services)?;
             Ok((services, made, forwarding, (banks, meshed, waits)))
@@ -375,12 +340,11 @@ impl Planner {
         self.slots.keep();
         let cut = cut(inputs.desired, &banks, &meshed);
         (self.banks, self.waits) = (banks, waits.is_some());
-        self.remember(inputs, (&services, &made), meshed);
-        let placements = services.iter().flat_map(|planned| planned.placements.iter().cloned());
+        self.remember((inputs, surroundings), (&services, &made), meshed);
+        let placements = services.iter().map(|planned| planned.placements.clone()).collect();
         let drained_at = services.iter().filter_map(|planned| planned.drained_at).min();
         let (steer, announced) = (self.steer.clone(), self.announced.clone());
-        let backends = placements.collect();
-        Ok(Plan { forwarding, steer, announced, backends, drained_at, cut, waits })
+        Ok(Plan { forwarding, steer, announced, placements, drained_at, cut, waits })
     }
 
     /// Whether a mesh address waits for ports and there are some now.
@@ -394,31 +358,38 @@ impl Planner {
     fn services(
         &mut self,
         inputs: &Inputs<'_>,
+        surroundings: &Surroundings,
         now: Tick,
     ) -> Result<(Vec<Arc<Planned>>, Vec<usize>), PlanError> {
-        let stale = self.surroundings.stale(inputs);
+        let moved = (self.surroundings == *surroundings).then(|| self.moved(inputs.hops));
+        let stays = |before: &Arc<Planned>, service| {
+            moved.as_ref().is_some_and(|moved| before.stays(service, moved, inputs))
+        };
         let wanted = &inputs.desired.services;
         let before: Vec<Option<Arc<Planned>>> =
             wanted.iter().map(|service| self.planned.get(&service.name).cloned()).collect();
         // All that is given up is given up before anything is taken: the order must not matter.
         self.give_up(wanted, &before, now);
         let said: Said<'_> = inputs.next_hops.iter().map(|hop| (hop.vtep, hop)).collect();
-        let named = named(inputs);
         let (mut services, mut made) = (Vec::with_capacity(wanted.len()), Vec::new());
         for (service, before) in wanted.iter().zip(before) {
             services.push(match before {
-                Some(before) if before.stays(service, &stale) && before.is_judged_by(inputs) => {
-                    before
-                }
+                Some(before) if stays(&before, service) => before,
                 before => {
                     made.push(services.len());
-                    let vips = vips(inputs, &named, service);
+                    let vips = vips(inputs, &surroundings.named, service);
                     Arc::new(self.service((inputs, &said), (service, vips), before.as_deref())?)
                 }
             });
         }
         self.build_tables(&mut services, &made);
         Ok((services, made))
+    }
+
+    /// The VTEPs that the way is another one to now.
+    fn moved(&self, hops: &HashMap<IpAddr, HopState>) -> HashSet<IpAddr> {
+        let either = self.hops.keys().chain(hops.keys());
+        either.filter(|vtep| self.hops.get(vtep) != hops.get(vtep)).copied().collect()
     }
 
     /// Builds the tables of those that were made without one.
@@ -480,7 +451,7 @@ impl Planner {
             backends.push(Some(rendered));
             let deadline = backend.drain.and_then(Drain::deadline);
             let drained = deadline.is_some_and(|deadline| deadline <= surroundings.0.time);
-            let health = health_of(surroundings.0, service, backend);
+            let health = health_of(surroundings.0.health, service, backend);
             placements.push(Placement { slot, unreachable, drained, health });
         }
         for left_out in left_to_others(service, &placements) {
@@ -497,7 +468,7 @@ impl Planner {
             vips,
             nat,
             backends,
-            placements,
+            placements: placements.into(),
             maglev,
             schedule,
             serves,
@@ -580,12 +551,11 @@ impl Planner {
         let mut owners: Vec<Option<(u32, u32)>> = vec![None; self.slots.end()];
         let mut tasks = vec![Address::default(); self.slots.end()];
         for (index, planned) in (0..).zip(services) {
-            for (at, placement) in (0..).zip(&planned.placements) {
+            for (at, placement) in (0..).zip(&*planned.placements) {
                 owners[placement.slot as usize] = Some((index, at));
             }
-            let service = &planned.service;
-            let translated = service.backends.iter().filter(|_| service.mode == Mode::Nat);
-            for (backend, placement) in translated.zip(&planned.placements) {
+            let translated = planned.nat.iter().flat_map(|_| &planned.service.backends);
+            for (backend, placement) in translated.zip(&*planned.placements) {
                 tasks[placement.slot as usize] =
                     backend.address.map(Address::from).unwrap_or_default();
             }
@@ -616,11 +586,11 @@ impl Planner {
     /// Notes what the next plan is to start from.
     fn remember(
         &mut self,
-        inputs: &Inputs<'_>,
+        (inputs, surroundings): (&Inputs<'_>, Surroundings),
         (services, made): (&[Arc<Planned>], &[usize]),
         meshed: Vec<Meshed>,
     ) {
-        let still = self.surroundings.still(inputs);
+        let still = self.surroundings == surroundings;
         // An address may get its ports, or lose them, while all else is as it was.
         let same_mesh = self.meshed == meshed;
         self.meshed = meshed;
@@ -649,8 +619,9 @@ impl Planner {
             let names: HashSet<&str> = services.iter().map(|p| p.service.name.as_str()).collect();
             self.planned.retain(|name, _| names.contains(name.as_str()));
         }
-        if !still || self.surroundings.hops != *inputs.hops {
-            self.surroundings = Surroundings::of(inputs);
+        self.surroundings = surroundings;
+        if self.hops != *inputs.hops {
+            self.hops = inputs.hops.clone();
         }
     }
 }
@@ -717,8 +688,8 @@ fn overlays(inputs: &Inputs<'_>, meshed: &[Meshed]) -> Vec<forwarding::Overlay> 
 }
 
 /// What is thought of a backend, if its service has checks.
-pub fn health_of(inputs: &Inputs<'_>, service: &Service, backend: &Backend) -> Option<Verdict> {
-    service.health.as_ref().map(|_| inputs.health.of(&service.name, &backend.name))
+pub fn health_of(health: &Verdicts, service: &Service, backend: &Backend) -> Option<Verdict> {
+    service.health.as_ref().map(|_| health.of(&service.name, &backend.name))
 }
 
 /// Those that take new connections, with their weights.

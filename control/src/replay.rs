@@ -33,8 +33,9 @@ use crate::{
     config::Config,
     desired::{Backend, Service},
     offline::Offline,
-    plan::{Placement, PlanError},
+    plan::{Placement, Placements, PlanError},
     status::{Drops, drops, events, write_counts, write_drops, write_table},
+    view::placed_backends,
 };
 
 /// Frames of the in-memory port: one packet's fragments, and some in the rings.
@@ -214,7 +215,7 @@ struct Rig {
     worker: Worker<SimPort>,
     counters: Arc<Counters>,
     names: Vec<String>,
-    placements: Vec<Placement>,
+    placements: Placements,
     /// Time of the first packet.
     start: Option<Duration>,
     now: Tick,
@@ -252,7 +253,7 @@ impl Rig {
             worker,
             counters,
             names: offline.interfaces.into_iter().map(|interface| interface.name).collect(),
-            placements: offline.backends,
+            placements: offline.placements,
             start: None,
             now: Tick(0),
             packets_in: 0,
@@ -293,8 +294,8 @@ impl Rig {
     }
 
     fn outcome(&self, config: &Config, end: End) -> Outcome {
-        let all = config.desired.backends().zip(&self.placements);
-        let share = |((service, backend), placement): ((&Service, &Backend), &Placement)| {
+        let all = placed_backends(&config.desired, &self.placements);
+        let share = |(service, backend, placement): (&Service, &Backend, &Placement)| {
             let (packets, bytes) = self.counters.backend(placement.slot as usize);
             let (service, vtep) = (service.name.clone(), backend.vtep);
             Share { service, backend: backend.name.clone(), vtep, packets, bytes }

@@ -17,7 +17,7 @@ use crate::{
     health::{Board, Report, Verdict},
     liveness::Standings,
     local::Refused,
-    plan::Placement,
+    plan::{Placement, Placements},
     source::swarm,
     status::{
         BackendStatus, PortStatus, ServiceStatus, Status, WorkerStatus, drops, events, losses,
@@ -33,8 +33,8 @@ pub struct View {
     pub generation: u64,
     /// What is wanted, of all sources.
     pub desired: Desired,
-    /// Where each backend is, in order of services and backends.
-    pub placements: Arc<[Placement]>,
+    /// Where each backend is.
+    pub placements: Placements,
     /// This node's own ends of tunnels, as far as they are configured.
     pub vteps: Vec<IpAddr>,
     /// This node's addresses: those of `vip = "node"`.
@@ -68,16 +68,27 @@ impl View {
 /// A service, and where its backends are.
 pub type Placed<'a> = (&'a Arc<Service>, &'a [Placement]);
 
-/// All services, each with its part of the placements.
+/// All services, each with its backends' placements.
 pub fn placed<'a>(
     desired: &'a Desired,
-    mut placements: &'a [Placement],
+    placements: &'a Placements,
 ) -> impl Iterator<Item = Placed<'a>> {
-    desired.services.iter().map(move |service| {
-        let (own, others) = placements.split_at(service.backends.len());
-        placements = others;
-        (service, own)
-    })
+    desired.services.iter().zip(placements.iter().map(|own| &**own))
+}
+
+/// All backends, each with its service and placement.
+pub fn placed_backends<'a>(
+    desired: &'a Desired,
+    placements: &'a Placements,
+) -> impl Iterator<Item = (&'a Service, &'a Backend, &'a Placement)> {
+    let each = |(service, own): Placed<'a>| {
+        service
+            .backends
+            .iter()
+            .zip(own)
+            .map(|(backend, placement)| (&**service, backend, placement))
+    };
+    placed(desired, placements).flat_map(each)
 }
 
 /// What a backend does, in a word.

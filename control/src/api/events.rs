@@ -16,7 +16,7 @@ use crate::{
     config::ServiceSpec,
     desired::{self, Desired, ServicePort},
     local::Refused,
-    plan::Placement,
+    plan::{Placement, Placements},
     source::swarm::SwarmStatus,
     view::{self, Placed, View},
 };
@@ -152,7 +152,7 @@ impl fmt::Display for Event {
 #[derive(Default)]
 struct Told {
     desired: Desired,
-    placements: Arc<[Placement]>,
+    placements: Placements,
     refused: Option<String>,
     local_refused: Refused,
     swarm: SwarmStatus,

@@ -60,11 +60,11 @@ struct Rig {
 /// What a daemon with this configuration shows.
 fn view(text: &str, generation: u64) -> Arc<View> {
     let (config, _) = Config::parse("test", text).unwrap();
-    let Offline { forwarding, backends, .. } = Offline::new(&config, None).unwrap();
+    let Offline { forwarding, placements, .. } = Offline::new(&config, None).unwrap();
     Arc::new(View {
         generation,
         desired: config.desired,
-        placements: backends.into(),
+        placements,
         vteps: Vec::new(),
         addresses: Vec::new(),
         forwarding,
@@ -109,7 +109,7 @@ impl PlanningDaemon {
         self.views.send_replace(Arc::new(View {
             generation,
             desired,
-            placements: plan.backends.into(),
+            placements: plan.placements,
             vteps: Vec::new(),
             addresses: Vec::new(),
             forwarding: Arc::new(plan.forwarding),

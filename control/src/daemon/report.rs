@@ -11,9 +11,9 @@ use tracing::{info, warn};
 
 use super::Daemon;
 use crate::{
-    plan::{Interface, Placement},
+    plan::{Interface, Placements},
     status::PortStatus,
-    view::{Observed, View},
+    view::{Observed, View, placed_backends},
     workers::Handle,
 };
 
@@ -29,7 +29,7 @@ impl Daemon {
     pub(super) fn show(&self, shown: &watch::Sender<Arc<View>>) {
         let same = |view: &View| {
             view.generation == self.generation.get()
-                && Arc::ptr_eq(&view.placements, &self.backends)
+                && Arc::ptr_eq(&view.placements, &self.placements)
                 && view.refused == self.refused
                 && Arc::ptr_eq(&view.local_refused, &self.local_refused.borrow())
                 && Arc::ptr_eq(&view.standings, &self.standings.borrow())
@@ -47,7 +47,7 @@ impl Daemon {
         Arc::new(View {
             generation: self.generation.get(),
             desired: self.placed.clone(),
-            placements: self.backends.clone(),
+            placements: self.placements.clone(),
             vteps: self.config.node.vteps(),
             addresses: self.addresses.clone(),
             forwarding: self.publisher.current().clone(),
@@ -99,16 +99,13 @@ impl Daemon {
     }
 
     /// Says which backends became unreachable or reachable.
-    pub(super) fn log_unreachable(&self, before: &[Placement]) {
-        let unreachable = before.iter().filter(|was| was.unreachable.is_some());
-        let before: HashMap<Slot, &Placement> = unreachable.map(|was| (was.slot, was)).collect();
-        if before.is_empty() && self.backends.iter().all(|now| now.unreachable.is_none()) {
-            return;
-        }
-        let names = self.placed.backends().map(|(s, b)| (&s.name, &b.name));
-        for ((service, backend), placement) in names.zip(self.backends.iter()) {
-            let was = before.get(&placement.slot);
-            let was = was.and_then(|was| was.unreachable.as_ref());
+    pub(super) fn log_unreachable(&self, before: &Placements) {
+        let unreachable = before.iter().flat_map(|own| &**own);
+        let before: HashMap<Slot, &String> =
+            unreachable.filter_map(|was| Some((was.slot, was.unreachable.as_ref()?))).collect();
+        for (service, backend, placement) in placed_backends(&self.placed, &self.placements) {
+            let (service, backend) = (&service.name, &backend.name);
+            let was = before.get(&placement.slot).copied();
             match &placement.unreachable {
                 Some(reason) if was != Some(reason) => {
                     warn!(service, backend, "unreachable: {reason}");

@@ -50,6 +50,13 @@ fn planner(slots: usize) -> Planner {
     })
 }
 
+impl Plan {
+    /// In order of services and backends.
+    fn backends(&self) -> Vec<&Placement> {
+        self.placements.iter().flat_map(|own| &**own).collect()
+    }
+}
+
 /// What a plan is made from, owned.
 struct World {
     config: Config,
@@ -144,7 +151,7 @@ fn resolved(vtep: &str) -> HopState {
 fn slots(planner: &mut Planner, text: &str, now: u64) -> Result<Vec<Slot>, PlanError> {
     let world = World::new(text, &["10.0.0.2", "10.0.0.3"]);
     let plan = planner.plan(&world.inputs(), Tick(now))?;
-    Ok(plan.backends.iter().map(|placement| placement.slot).collect())
+    Ok(plan.backends().iter().map(|placement| placement.slot).collect())
 }
 
 /// Whom the plan's first service gives new connections to.
@@ -154,7 +161,7 @@ fn takers(plan: &Plan) -> HashSet<Slot> {
 }
 
 fn backend(plan: &Plan, at: usize) -> &forwarding::Backend {
-    plan.forwarding.backend(plan.backends[at].slot).unwrap()
+    plan.forwarding.backend(plan.backends()[at].slot).unwrap()
 }
 
 /// A packet as a backend's tunnel puts it on the wire.
@@ -190,7 +197,7 @@ fn a_backend_on_this_very_node_is_reached_by_the_way_home() {
     let own = world.interfaces[0].addresses[0];
     Arc::make_mut(&mut world.config.desired.services[0]).backends[1].vtep = own;
     world.hops.remove(&"10.0.0.3".parse().unwrap());
-    assert!(world.plan().backends[1].unreachable.is_some(), "nobody sends to himself");
+    assert!(world.plan().backends()[1].unreachable.is_some(), "nobody sends to himself");
 
     let (ours, nodes) = (MacAddr([2, 0, 0, 0, 9, 2]), MacAddr([2, 0, 0, 0, 9, 1]));
     let mut far = world.interfaces[1].clone();
@@ -200,7 +207,7 @@ fn a_backend_on_this_very_node_is_reached_by_the_way_home() {
     // Not even a configured source would do.
     world.config.node.vtep = Some(own);
     let plan = world.plan();
-    assert_eq!(plan.backends[1].unreachable, None);
+    assert_eq!(plan.backends()[1].unreachable, None);
     assert_eq!(backend(&plan, 1).link, 2);
     assert_eq!(ends(&plan, 1), ("169.254.77.2".parse().unwrap(), own));
     let packet = encapsulated(&plan, 1);
@@ -210,7 +217,7 @@ fn a_backend_on_this_very_node_is_reached_by_the_way_home() {
 
     let own: IpAddr = "fd00::1".parse().unwrap();
     Arc::make_mut(&mut world.config.desired.services[0]).backends[1].vtep = own;
-    let reason = world.plan().backends[1].unreachable.clone().unwrap();
+    let reason = world.plan().backends()[1].unreachable.clone().unwrap();
     assert!(reason.contains("IPv4 vtep"), "{reason}");
 }
 
@@ -307,12 +314,12 @@ fn an_unreachable_backend_takes_no_new_connections_while_another_can() {
     world.lose("10.0.0.3");
     let plan = world.plan();
     assert_eq!(takers(&plan), [0].into());
-    assert_eq!(plan.backends[1].unreachable.as_deref(), Some("10.0.0.3 does not answer"));
+    assert_eq!(plan.backends()[1].unreachable.as_deref(), Some("10.0.0.3 does not answer"));
     assert!(!backend(&plan, 1).reachable && backend(&plan, 0).reachable);
     world.hops.clear();
     let plan = world.plan();
     assert_eq!(takers(&plan), [0, 1].into(), "with none reachable, all are kept");
-    assert_eq!(plan.backends[0].unreachable.as_deref(), Some("10.0.0.2 is still being resolved"));
+    assert_eq!(plan.backends()[0].unreachable.as_deref(), Some("10.0.0.2 is still being resolved"));
 }
 
 #[test]
@@ -436,7 +443,7 @@ fn a_next_hop_of_the_configuration_overrules_the_kernels() {
 
     world.config.next_hops[0].interface = Some("eth9".to_owned());
     assert_eq!(
-        world.plan().backends[0].unreachable.as_deref(),
+        world.plan().backends()[0].unreachable.as_deref(),
         Some("next_hop of 10.0.0.2: eth9 is not one of node.interfaces")
     );
 }
@@ -448,10 +455,10 @@ fn without_an_address_to_send_from_a_backend_is_unreachable() {
     let text = format!("{}{said}", TWO.replace("10.0.0.2", "fd00::2"));
     let mut world = World::new(&text, &["10.0.0.3"]);
     let reason = "eth1 has no IPv6 address to send tunnels from: give it one, or set node.vtep6";
-    assert_eq!(world.plan().backends[0].unreachable.as_deref(), Some(reason));
+    assert_eq!(world.plan().backends()[0].unreachable.as_deref(), Some(reason));
     assert_eq!(takers(&world.plan()), [1].into());
     world.config.node.vtep6 = Some("fd00::1".parse().unwrap());
-    assert_eq!(world.plan().backends[0].unreachable, None);
+    assert_eq!(world.plan().backends()[0].unreachable, None);
 }
 
 #[test]
@@ -469,7 +476,7 @@ fn a_packet_leaves_by_the_interface_that_the_kernel_routes_by() {
     assert_eq!(tag.vlan_id.value(), 7);
     assert!(matches!(headers.transport, Some(Udp(udp)) if udp.destination_port == 4789));
     assert_eq!(
-        plan.backends[1].unreachable.as_deref(),
+        plan.backends()[1].unreachable.as_deref(),
         Some("10.0.0.3 is routed by an interface that is not ours")
     );
 }
@@ -479,7 +486,7 @@ fn offline_a_backend_without_a_way_is_sent_to_zero_mac_addresses() {
     let mut world = World::new(TWO, &[]);
     world.offline = true;
     let plan = world.plan();
-    assert!(plan.backends.iter().all(|placement| placement.unreachable.is_none()));
+    assert!(plan.backends().iter().all(|placement| placement.unreachable.is_none()));
     assert_eq!(encapsulated(&plan, 0)[..12], [0; 12]);
     assert_eq!(backend(&plan, 0).mtu, 1450);
 }
@@ -491,10 +498,10 @@ fn meant(plan: &Plan, world: &World) -> Vec<String> {
     let desired = &world.config.desired;
     let names: HashMap<Slot, &str> = desired
         .backends()
-        .zip(&plan.backends)
+        .zip(plan.backends())
         .map(|((_, backend), placement)| (placement.slot, &*backend.name))
         .collect();
-    for ((service, backend), placement) in desired.backends().zip(&plan.backends) {
+    for ((service, backend), placement) in desired.backends().zip(plan.backends()) {
         let rendered = plan.forwarding.backend(placement.slot);
         let (service, name) = (&service.name, &backend.name);
         let Placement { unreachable, health, .. } = placement;
@@ -508,8 +515,8 @@ fn meant(plan: &Plan, world: &World) -> Vec<String> {
         let picks = (0..300).map(|i| pick(i).map(|slot| names[&slot]));
         all.push(format!("{}: {index} {:?}", service.name, picks.collect::<Vec<_>>()));
     }
-    let slots: HashSet<Slot> = plan.backends.iter().map(|placement| placement.slot).collect();
-    assert_eq!(slots.len(), plan.backends.len(), "one backend for each slot");
+    let slots: HashSet<Slot> = plan.backends().iter().map(|placement| placement.slot).collect();
+    assert_eq!(slots.len(), plan.backends().len(), "one backend for each slot");
     let unused = (0..64).filter(|slot| !slots.contains(slot));
     assert!(unused.into_iter().all(|slot| plan.forwarding.backend(slot).is_none()));
     all
@@ -622,14 +629,14 @@ proptest! {
                 Ok(plan) => {
                     let scratch = world.plan_in(64);
                     prop_assert_eq!(meant(&plan, &world), meant(&scratch, &world));
-                    last = Some(plan.backends.iter().map(|placement| placement.slot).collect());
+                    last = Some(plan.backends().iter().map(|placement| placement.slot).collect());
                 }
                 // What was before can be had again, in the same slots.
                 Err(PlanError::NoSlot { used, resting, limit, .. }) => {
                     prop_assert_eq!(used + resting, limit);
                     world.config.desired = desired;
                     let plan = planner.plan(&world.inputs(), Tick(now)).unwrap();
-                    let slots: Vec<Slot> = plan.backends.iter().map(|at| at.slot).collect();
+                    let slots: Vec<Slot> = plan.backends().iter().map(|at| at.slot).collect();
                     prop_assert_eq!(Some(slots), last.clone());
                 }
                 Err(error) => panic!("{error}"),
@@ -668,13 +675,13 @@ fn a_drain_ends_at_its_deadline_and_gives_the_slot_to_nobody() {
     assert!(plan.forwarding.backend(1).is_some(), "its connections stay");
     world.time = deadline;
     let plan = planner.plan(&world.inputs(), Tick(0)).unwrap();
-    assert!(plan.forwarding.backend(1).is_none() && plan.backends[1].drained);
-    assert_eq!((plan.backends[1].slot, plan.drained_at), (1, None));
+    assert!(plan.forwarding.backend(1).is_none() && plan.backends()[1].drained);
+    assert_eq!((plan.backends()[1].slot, plan.drained_at), (1, None));
     // It is wanted again.
     let back = &mut Arc::make_mut(&mut world.config.desired.services[0]).backends[1];
     (back.weight, back.drain) = (1, None);
     let plan = planner.plan(&world.inputs(), Tick(0)).unwrap();
-    assert_eq!((takers(&plan), plan.backends[1].slot), ([0, 1].into(), 1));
+    assert_eq!((takers(&plan), plan.backends()[1].slot), ([0, 1].into(), 1));
 }
 
 const HEALTH: &str = "[service.health]\ncheck = \"tunnel\"\n";
@@ -697,13 +704,13 @@ fn a_backend_counts_as_up_until_it_is_down_and_then_others_have_its_share_and_co
     let mut world = checked("");
     let plan = world.plan();
     assert_eq!(takers(&plan), [0, 1].into());
-    assert_eq!(plan.backends[0].health, Some(Verdict::Unknown));
+    assert_eq!(plan.backends()[0].health, Some(Verdict::Unknown));
     judge(&mut world, "web-1", Verdict::Up);
     judge(&mut world, "web-2", down());
     let plan = world.plan();
     assert_eq!(takers(&plan), [0].into());
     assert!(plan.forwarding.backend(1).is_none(), "a remembered connection is an orphan");
-    assert_eq!(plan.backends[1].health, Some(down()));
+    assert_eq!(plan.backends()[1].health, Some(down()));
     judge(&mut world, "web-2", Verdict::Up);
     assert_eq!(takers(&world.plan()), [0, 1].into());
 }
@@ -749,7 +756,7 @@ fn a_verdict_means_nothing_to_a_service_without_checks() {
     judge(&mut world, "web-2", down());
     let plan = world.plan();
     assert_eq!(takers(&plan), [0, 1].into());
-    assert_eq!(plan.backends[1].health, None);
+    assert_eq!(plan.backends()[1].health, None);
 }
 
 /// On all addresses of this node, and a DSR service at one of them.
@@ -841,7 +848,7 @@ fn a_nat_backend_has_the_overlays_macs_and_the_smallest_mtu() {
     assert_eq!(inner[..6], [0x02, 0x42, 10, 99, 1, 2], "as Docker names it");
     assert_eq!(inner[6..12], [0x02, 0x42, 10, 99, 1, 250]);
     assert_eq!(backend(&plan, 0).mtu, 1400);
-    let [shop, web] = [0, 1].map(|backend: usize| plan.backends[backend].slot);
+    let [shop, web] = [0, 1].map(|backend: usize| plan.backends()[backend].slot);
     assert_eq!(plan.forwarding.task(shop), Some(Address::v4([10, 99, 1, 2])));
     assert_eq!(plan.forwarding.task(web), Some(Address::default()));
     let wide = nat_world(&NAT.replace("mtu = 1400", "")).plan();
