@@ -297,16 +297,8 @@ pub struct Nat {
     pub first_port: u16,
     /// The last one.
     pub last_port: u16,
-    /// Idle time of a TCP connection that the client has not completed yet.
-    pub opening_s: u32,
-    /// Idle time of an established one.
-    pub tcp_idle_s: u32,
-    /// Idle time of one that one side has closed.
-    pub half_closed_s: u32,
-    /// How long the port of one rests that the backend has closed first.
-    pub time_wait_s: u32,
-    /// Idle time of UDP.
-    pub udp_idle_s: u32,
+    /// How long silent connections are known; keys of the same table.
+    pub timeouts: nat::Timeouts,
 }
 
 /// `[maglev]`
@@ -523,18 +515,8 @@ impl Connections {
 
 impl Default for Nat {
     fn default() -> Self {
-        let nat::Timeouts { opening_s, tcp_idle_s, half_closed_s, time_wait_s, udp_idle_s } =
-            nat::Timeouts::default();
-        Self {
-            addresses: 4,
-            first_port: 1024,
-            last_port: u16::MAX,
-            opening_s,
-            tcp_idle_s,
-            half_closed_s,
-            time_wait_s,
-            udp_idle_s,
-        }
+        let timeouts = nat::Timeouts::default();
+        Self { addresses: 4, first_port: 1024, last_port: u16::MAX, timeouts }
     }
 }
 
@@ -542,7 +524,8 @@ impl Nat {
     /// The longest that a silent connection may be known, in milliseconds: while it is, its backend's slot is
     /// nobody else's (I4).
     pub fn longest_ms(&self) -> u64 {
-        let Self { opening_s, tcp_idle_s, half_closed_s, time_wait_s, udp_idle_s, .. } = *self;
+        let nat::Timeouts { opening_s, tcp_idle_s, half_closed_s, time_wait_s, udp_idle_s } =
+            self.timeouts;
         let all = [opening_s, tcp_idle_s, half_closed_s, time_wait_s, udp_idle_s];
         let longest = all.into_iter().max().unwrap_or_default();
         // A packet is noted by the second, and what has run out is swept as often.
@@ -554,10 +537,7 @@ impl Nat {
     /// # Errors
     /// If there is no memory for it.
     pub fn slots(&self) -> Result<nat::Slots, AllocationError> {
-        let Self { opening_s, tcp_idle_s, half_closed_s, time_wait_s, udp_idle_s, .. } = *self;
-        let timeouts =
-            nat::Timeouts { opening_s, tcp_idle_s, half_closed_s, time_wait_s, udp_idle_s };
-        nat::Slots::new(self.addresses as usize, timeouts, self.first_port..=self.last_port)
+        nat::Slots::new(self.addresses as usize, self.timeouts, self.first_port..=self.last_port)
     }
 }
 
@@ -677,9 +657,12 @@ impl Config {
         // Takes each table apart without `..`, so that a new key does not compile until it is
         // listed.
         macro_rules! differing {
-            ($($table:ident: $type:ident { $($key:ident),+ $(; $live:ident)* })+) => {$(
-                let $type { $($key,)+ $($live: _,)* } = &self.$table;
-                $(if *$key != new.$table.$key {
+            ($($table:ident $(. $part:ident)?: $type:path {
+                $($key:ident),+ $(; $other:ident)*
+            })+) => {$(
+                let $type { $($key,)+ $($other: _,)* } = &self.$table$(.$part)?;
+                let next = &new.$table$(.$part)?;
+                $(if *$key != next.$key {
                     keys.push(concat!(stringify!($table), ".", stringify!($key)));
                 })+
             )+};
@@ -698,9 +681,9 @@ impl Config {
             connections: Connections {
                 capacity, admissions_per_s, unconfirmed_s, tcp_idle_s, tcp_closing_s, udp_idle_s
             }
-            nat: Nat {
-                addresses, first_port, last_port, opening_s, tcp_idle_s, half_closed_s, time_wait_s,
-                udp_idle_s
+            nat: Nat { addresses, first_port, last_port; timeouts }
+            nat.timeouts: nat::Timeouts {
+                opening_s, tcp_idle_s, half_closed_s, time_wait_s, udp_idle_s
             }
             maglev: Maglev { table_size, seed }
             limits: Limits { backends, vips, health_checks, local_clients }

@@ -9,7 +9,11 @@ use std::{
 };
 
 use dataplane::{
-    connections::Timeouts, forwarding::MAX_BACKENDS, maglev::is_prime, nat::MAX_BANKS, port::BURST,
+    connections::Timeouts,
+    forwarding::MAX_BACKENDS,
+    maglev::is_prime,
+    nat::{self, MAX_BANKS},
+    port::BURST,
 };
 use toml::Spanned;
 
@@ -41,6 +45,13 @@ const MAX_RING: u32 = 1 << 16;
 pub const MIN_HANG_TIMEOUT_MS: u32 = 300;
 /// What copy-mode transmission sends at once in any case; the kernel refuses a smaller budget.
 const MIN_TX_BUDGET: u32 = 32;
+
+/// What `judge` makes of a key, with its default and its range.
+macro_rules! judged {
+    ($judge:ident, $written:ident.$key:ident, $defaults:ident, $range:expr, $report:ident) => {
+        $judge(stringify!($key), &$written.$key, ($defaults.$key, $range), $report)
+    };
+}
 
 pub fn node(written: &file::Node, report: &mut Report) -> Node {
     let defaults = Node::default();
@@ -87,12 +98,7 @@ pub fn api(written: &file::Api, report: &mut Report) -> Api {
         state_directory: state
             .as_ref()
             .map_or(defaults.state_directory, |key| absolute("state_directory", key, report)),
-        metrics_limit: number(
-            "metrics_limit",
-            &written.metrics_limit,
-            (defaults.metrics_limit, 0..=1_000_000),
-            report,
-        ),
+        metrics_limit: judged!(number, written.metrics_limit, defaults, 0..=1_000_000, report),
     }
 }
 
@@ -105,31 +111,27 @@ pub fn vteps(node: &Node, written: &file::Node) -> Vec<(IpAddr, Span)> {
 
 pub fn dataplane(written: &file::Dataplane, report: &mut Report) -> Dataplane {
     let defaults = Dataplane::default();
-    let frames = (defaults.frames_per_queue, 512..=1 << 16);
-    let rings = (defaults.ring_size, MIN_RING..=MAX_RING);
+    let rings = MIN_RING..=MAX_RING;
     let settings = Dataplane {
         xdp_mode: written.xdp_mode.unwrap_or(defaults.xdp_mode),
         copy_mode: written.copy_mode.unwrap_or(defaults.copy_mode),
         idle: written.idle.unwrap_or(defaults.idle),
-        idle_spin_us: number(
-            "idle_spin_us",
-            &written.idle_spin_us,
-            (defaults.idle_spin_us, 0..=10_000),
-            report,
+        idle_spin_us: judged!(number, written.idle_spin_us, defaults, 0..=10_000, report),
+        frame_size_bytes: judged!(
+            power_of_two,
+            written.frame_size_bytes,
+            defaults,
+            2048..=4096,
+            report
         ),
-        frame_size_bytes: power_of_two(
-            "frame_size_bytes",
-            &written.frame_size_bytes,
-            (defaults.frame_size_bytes, 2048..=4096),
-            report,
+        frames_per_queue: judged!(
+            power_of_two,
+            written.frames_per_queue,
+            defaults,
+            512..=1 << 16,
+            report
         ),
-        frames_per_queue: power_of_two(
-            "frames_per_queue",
-            &written.frames_per_queue,
-            frames,
-            report,
-        ),
-        ring_size: power_of_two("ring_size", &written.ring_size, rings, report),
+        ring_size: judged!(power_of_two, written.ring_size, defaults, rings, report),
         rx_ring_size: own_ring_size("rx_ring_size", &written.rx_ring_size, report),
         tx_ring_size: own_ring_size("tx_ring_size", &written.tx_ring_size, report),
         fill_ring_size: own_ring_size("fill_ring_size", &written.fill_ring_size, report),
@@ -138,44 +140,26 @@ pub fn dataplane(written: &file::Dataplane, report: &mut Report) -> Dataplane {
             &written.completion_ring_size,
             report,
         ),
-        fill_batch: number(
-            "fill_batch",
-            &written.fill_batch,
-            (defaults.fill_batch, 1..=MAX_RING),
-            report,
-        ),
+        fill_batch: judged!(number, written.fill_batch, defaults, 1..=MAX_RING, report),
         huge_pages: written.huge_pages.unwrap_or(defaults.huge_pages),
         need_wakeup: written.need_wakeup.unwrap_or(defaults.need_wakeup),
-        tx_budget: number(
-            "tx_budget",
-            &written.tx_budget,
-            (defaults.tx_budget, MIN_TX_BUDGET..=MAX_RING),
-            report,
-        ),
-        busy_poll_us: number(
-            "busy_poll_us",
-            &written.busy_poll_us,
-            (defaults.busy_poll_us, 0..=10_000),
-            report,
-        ),
-        busy_poll_budget: number(
-            "busy_poll_budget",
-            &written.busy_poll_budget,
-            (defaults.busy_poll_budget, 1..=1024),
-            report,
-        ),
+        tx_budget: judged!(number, written.tx_budget, defaults, MIN_TX_BUDGET..=MAX_RING, report),
+        busy_poll_us: judged!(number, written.busy_poll_us, defaults, 0..=10_000, report),
+        busy_poll_budget: judged!(number, written.busy_poll_budget, defaults, 1..=1024, report),
         prefer_busy_poll: written.prefer_busy_poll.unwrap_or(defaults.prefer_busy_poll),
-        icmp_errors_per_s: number(
-            "icmp_errors_per_s",
-            &written.icmp_errors_per_s,
-            (defaults.icmp_errors_per_s, 1..=1_000_000),
-            report,
+        icmp_errors_per_s: judged!(
+            number,
+            written.icmp_errors_per_s,
+            defaults,
+            1..=1_000_000,
+            report
         ),
-        hang_timeout_ms: number(
-            "hang_timeout_ms",
-            &written.hang_timeout_ms,
-            (defaults.hang_timeout_ms, MIN_HANG_TIMEOUT_MS..=60_000),
-            report,
+        hang_timeout_ms: judged!(
+            number,
+            written.hang_timeout_ms,
+            defaults,
+            MIN_HANG_TIMEOUT_MS..=60_000,
+            report
         ),
     };
     rings_fit(&settings, written, report);
@@ -248,76 +232,61 @@ pub fn connections(written: &file::Connections, report: &mut Report) -> Connecti
     let defaults = Connections::default();
     let unconfirmed = 1..=Timeouts::MAX_UNCONFIRMED_S;
     Connections {
-        capacity: power_of_two(
-            "capacity",
-            &written.capacity,
-            (defaults.capacity, 1 << 10..=1 << 27),
-            report,
+        capacity: judged!(power_of_two, written.capacity, defaults, 1 << 10..=1 << 27, report),
+        admissions_per_s: judged!(
+            number,
+            written.admissions_per_s,
+            defaults,
+            1..=100_000_000,
+            report
         ),
-        admissions_per_s: number(
-            "admissions_per_s",
-            &written.admissions_per_s,
-            (defaults.admissions_per_s, 1..=100_000_000),
-            report,
+        unconfirmed_s: judged!(number, written.unconfirmed_s, defaults, unconfirmed, report),
+        tcp_idle_s: judged!(
+            number,
+            written.tcp_idle_s,
+            defaults,
+            1..=Timeouts::MAX_TCP_IDLE_S,
+            report
         ),
-        unconfirmed_s: number(
-            "unconfirmed_s",
-            &written.unconfirmed_s,
-            (defaults.unconfirmed_s, unconfirmed),
-            report,
+        tcp_closing_s: judged!(
+            number,
+            written.tcp_closing_s,
+            defaults,
+            1..=Timeouts::MAX_TCP_CLOSING_S,
+            report
         ),
-        tcp_idle_s: number(
-            "tcp_idle_s",
-            &written.tcp_idle_s,
-            (defaults.tcp_idle_s, 1..=Timeouts::MAX_TCP_IDLE_S),
-            report,
-        ),
-        tcp_closing_s: number(
-            "tcp_closing_s",
-            &written.tcp_closing_s,
-            (defaults.tcp_closing_s, 1..=Timeouts::MAX_TCP_CLOSING_S),
-            report,
-        ),
-        udp_idle_s: number(
-            "udp_idle_s",
-            &written.udp_idle_s,
-            (defaults.udp_idle_s, 1..=Timeouts::MAX_UDP_IDLE_S),
-            report,
+        udp_idle_s: judged!(
+            number,
+            written.udp_idle_s,
+            defaults,
+            1..=Timeouts::MAX_UDP_IDLE_S,
+            report
         ),
     }
 }
 
 pub fn nat(written: &file::Nat, report: &mut Report) -> Nat {
     let defaults = Nat::default();
-    let mut seconds =
-        |key, written, default, most| number(key, written, (default, 1..=most), report);
-    let opening_s = seconds("opening_s", &written.opening_s, defaults.opening_s, 600);
-    let tcp_idle_s = seconds("tcp_idle_s", &written.tcp_idle_s, defaults.tcp_idle_s, MAX_NAT_S);
-    let half_closed_s =
-        seconds("half_closed_s", &written.half_closed_s, defaults.half_closed_s, MAX_NAT_S);
-    let time_wait_s = seconds("time_wait_s", &written.time_wait_s, defaults.time_wait_s, 600);
-    let udp_idle_s = seconds("udp_idle_s", &written.udp_idle_s, defaults.udp_idle_s, MAX_NAT_S);
-    let addresses = (defaults.addresses, 1..=MAX_BANKS as u32);
-    let first_port = (defaults.first_port, 1..=u16::MAX);
-    let first_port = number("first_port", &written.first_port, first_port, report);
-    let last_port = (defaults.last_port, first_port..=u16::MAX);
+    let silent = defaults.timeouts;
+    let first_port = judged!(number, written.first_port, defaults, 1..=u16::MAX, report);
     Nat {
-        addresses: number("addresses", &written.addresses, addresses, report),
+        addresses: judged!(number, written.addresses, defaults, 1..=MAX_BANKS as u32, report),
         first_port,
-        last_port: number("last_port", &written.last_port, last_port, report),
-        opening_s,
-        tcp_idle_s,
-        half_closed_s,
-        time_wait_s,
-        udp_idle_s,
+        last_port: judged!(number, written.last_port, defaults, first_port..=u16::MAX, report),
+        timeouts: nat::Timeouts {
+            opening_s: judged!(number, written.opening_s, silent, 1..=600, report),
+            tcp_idle_s: judged!(number, written.tcp_idle_s, silent, 1..=MAX_NAT_S, report),
+            half_closed_s: judged!(number, written.half_closed_s, silent, 1..=MAX_NAT_S, report),
+            time_wait_s: judged!(number, written.time_wait_s, silent, 1..=600, report),
+            udp_idle_s: judged!(number, written.udp_idle_s, silent, 1..=MAX_NAT_S, report),
+        },
     }
 }
 
 pub fn maglev(written: &file::Maglev, report: &mut Report) -> Maglev {
     let defaults = Maglev::default();
     let range = 7..=MAX_TABLE_SIZE;
-    let table_size =
-        number("table_size", &written.table_size, (defaults.table_size, range.clone()), report);
+    let table_size = judged!(number, written.table_size, defaults, range.clone(), report);
     if let Some(key) = &written.table_size
         && range.contains(&table_size)
         && !is_prime(table_size)
@@ -335,35 +304,19 @@ pub fn maglev(written: &file::Maglev, report: &mut Report) -> Maglev {
 pub fn limits(written: &file::Limits, report: &mut Report) -> Limits {
     let defaults = Limits::default();
     Limits {
-        backends: number(
-            "backends",
-            &written.backends,
-            (defaults.backends, 1..=MAX_BACKENDS as u32),
-            report,
-        ),
-        vips: number("vips", &written.vips, (defaults.vips, 1..=1 << 20), report),
-        health_checks: number(
-            "health_checks",
-            &written.health_checks,
-            (defaults.health_checks, 1..=1 << 16),
-            report,
-        ),
-        local_clients: number(
-            "local_clients",
-            &written.local_clients,
-            (defaults.local_clients, 1..=1 << 20),
-            report,
-        ),
+        backends: judged!(number, written.backends, defaults, 1..=MAX_BACKENDS as u32, report),
+        vips: judged!(number, written.vips, defaults, 1..=1 << 20, report),
+        health_checks: judged!(number, written.health_checks, defaults, 1..=1 << 16, report),
+        local_clients: judged!(number, written.local_clients, defaults, 1..=1 << 20, report),
     }
 }
 
 pub fn liveness(written: &file::Liveness, report: &mut Report) -> Liveness {
     let defaults = Liveness::default();
-    let interval = (defaults.interval_ms, 50..=10_000);
     Liveness {
         enabled: written.enabled.unwrap_or(defaults.enabled),
-        interval_ms: number("interval_ms", &written.interval_ms, interval, report),
-        fall: number("fall", &written.fall, (defaults.fall, 1..=100), report),
+        interval_ms: judged!(number, written.interval_ms, defaults, 50..=10_000, report),
+        fall: judged!(number, written.fall, defaults, 1..=100, report),
     }
 }
 

@@ -1019,8 +1019,10 @@ fn only_services_next_hops_pings_and_arp_change_without_a_restart() {
     assert!(old.restart_needed(&new).is_empty());
     new.node.workers = Workers::Count(2);
     new.node.announce_table = Some(100);
+    new.nat.timeouts.udp_idle_s = 1;
     new.limits.vips = 1;
-    assert_eq!(old.restart_needed(&new), ["node.workers", "node.announce_table", "limits.vips"]);
+    let keys = ["node.workers", "node.announce_table", "nat.udp_idle_s", "limits.vips"];
+    assert_eq!(old.restart_needed(&new), keys);
 }
 
 /// The example with keys taken out of their comments.
