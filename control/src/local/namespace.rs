@@ -9,7 +9,8 @@ use std::{
     thread,
 };
 
-use nix::sched::{CloneFlags, setns, unshare};
+use dataplane::port::xsk;
+use nix::sched::{CloneFlags, unshare};
 
 /// A hold on it.
 #[derive(Clone, Debug)]
@@ -21,10 +22,12 @@ impl Namespace {
     /// # Errors
     /// If the process may not: that takes `CAP_SYS_ADMIN`.
     pub fn new() -> io::Result<Self> {
-        let made = on_a_thread(|| {
+        // On a thread of its own: nobody else is moved.
+        let make = || {
             unshare(CloneFlags::CLONE_NEWNET)?;
             File::open("/proc/thread-self/ns/net")
-        });
+        };
+        let made = thread::spawn(make).join().expect("making one does not panic");
         Ok(Self(Arc::new(made?.into())))
     }
 
@@ -33,19 +36,11 @@ impl Namespace {
     /// # Errors
     /// If the process may not.
     pub fn run<T: Send>(&self, body: impl FnOnce() -> T + Send) -> io::Result<T> {
-        on_a_thread(|| {
-            setns(self.as_fd(), CloneFlags::CLONE_NEWNET)?;
-            Ok(body())
-        })
+        xsk::in_namespace(self.as_fd(), body)
     }
 
     /// Its descriptor.
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
-}
-
-/// A thread's namespace is its own: nobody else is moved, and nobody has to find the way back.
-fn on_a_thread<T: Send>(body: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
-    thread::scope(|scope| scope.spawn(body).join().expect("a body does not panic"))
 }

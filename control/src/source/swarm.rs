@@ -155,10 +155,7 @@ impl Swarm {
             Peer::Tcp(manager.address.clone(), tls.clone().filter(|_| manager.tls))
         };
         let managers = swarm.managers.iter().map(manager).collect();
-        let vtep = config.node.vteps().into_iter().find_map(|vtep| match vtep {
-            IpAddr::V4(vtep) => Some(vtep),
-            IpAddr::V6(_) => None,
-        });
+        let vtep = config.node.vteps().into_iter().find_map(ipv4);
         let (shown, state) = watch::channel(Arc::default());
         let reader = Reader {
             engine,
@@ -188,6 +185,13 @@ impl Swarm {
 impl Drop for Swarm {
     fn drop(&mut self) {
         self.task.abort();
+    }
+}
+
+fn ipv4(address: IpAddr) -> Option<Ipv4Addr> {
+    match address {
+        IpAddr::V4(address) => Some(address),
+        IpAddr::V6(_) => None,
     }
 }
 
@@ -343,10 +347,8 @@ impl Reader {
             let (ingress, own) = (ingress.as_ref()?, (*mesh_address)?);
             let mut assigned = assigned.clone();
             assigned.live.extend(others);
-            let known = nodes.iter().filter_map(|other| match other.address {
-                IpAddr::V4(address) => Some(address).filter(|_| other.id != *node),
-                IpAddr::V6(_) => None,
-            });
+            let known = nodes.iter().filter(|other| other.id != *node);
+            let known = known.filter_map(|other| ipv4(other.address));
             let mut peers: BTreeSet<Ipv4Addr> = ends.values().copied().chain(known).collect();
             ends.get(&own).map(|end| peers.remove(end));
             Some(Room {

@@ -259,12 +259,10 @@ impl XskPort {
         mode: BindFlags,
     ) -> io::Result<Self> {
         let bind = || Self::bind_patiently(memory, settings, queue, mode);
-        let Some(namespace) = queue.namespace else { return bind() };
-        // On a thread of its own, which need not come back: a socket stays in the namespace it was made in.
-        thread::scope(|scope| {
-            let there = scope.spawn(|| enter(namespace).and_then(|()| bind()));
-            there.join().expect("binding does not panic")
-        })
+        match queue.namespace {
+            Some(namespace) => in_namespace(namespace, bind)?,
+            None => bind(),
+        }
     }
 
     /// Binds a socket, while the kernel may still be busy taking down another one: that was seen to
@@ -558,13 +556,23 @@ fn busy_poll(fd: RawFd) {
     };
 }
 
-/// Moves this thread to a network namespace.
-fn enter(namespace: BorrowedFd<'_>) -> io::Result<()> {
-    // SAFETY: it takes numbers only, and the descriptor is open.
-    match unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+/// Does something in a network namespace. Sockets that are made there stay there.
+///
+/// # Errors
+/// If the process may not go there.
+pub fn in_namespace<T: Send>(
+    namespace: BorrowedFd<'_>,
+    body: impl FnOnce() -> T + Send,
+) -> io::Result<T> {
+    let there = || {
+        // SAFETY: it takes numbers only, and the descriptor is open.
+        match unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) } {
+            0 => Ok(body()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    // On a thread of its own, whose namespace nobody shares: nobody has to find the way back.
+    thread::scope(|scope| scope.spawn(there).join().expect("a body does not panic"))
 }
 
 fn set_option(fd: RawFd, level: i32, option: i32, value: u32) -> io::Result<()> {
