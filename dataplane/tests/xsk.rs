@@ -172,6 +172,20 @@ fn udp_frame(destination: &str, port: u16) -> Vec<u8> {
     ethernet(&[], ethertype, &packet)
 }
 
+/// One of which more follow.
+fn fragment(destination: &str) -> Vec<u8> {
+    let mut frame = udp_frame(destination, 9);
+    frame[20] = 0x20;
+    frame
+}
+
+/// Asks for the MAC address that has this address, RFC 4861 section 4.3.
+fn solicitation(address: &str) -> Vec<u8> {
+    let mut message = vec![135, 0, 0, 0, 0, 0, 0, 0];
+    message.extend(address.parse::<std::net::Ipv6Addr>().unwrap().octets());
+    message
+}
+
 fn address(text: &str) -> Address {
     text.parse::<IpAddr>().unwrap().into()
 }
@@ -232,6 +246,15 @@ fn give_back(pool: &mut Pool, inbound: Frames) {
     inbound.into_iter().for_each(|frame| pool.put(frame));
 }
 
+/// Whether a frame comes to the port, and not to the kernel.
+fn steers(wire: &mut Wire, (port, pool): (&mut XskPort, &mut Pool), frame: &[u8]) -> bool {
+    wire.send("a1", frame);
+    let inbound = receive(port);
+    let steered = !inbound.is_empty();
+    give_back(pool, inbound);
+    steered
+}
+
 fn steered_bytes_are_exact(wire: &mut Wire, mode: Mode) {
     let (mut ports, mut pool, steer) = open(mode);
     assert_eq!(steer.mode(), mode);
@@ -280,11 +303,6 @@ fn only_what_belongs_to_a_vip_is_steered() {
             let (ethertype, packet) = ip_packet(destination, protocol, middle, l4);
             ethernet(&[], ethertype, &packet)
         };
-        let fragment = |destination| {
-            let mut frame = udp_frame(destination, 9);
-            frame[20] = 0x20;
-            frame
-        };
         let icmp = |kind| [kind; 30];
         // What a router says about the VIP's answer: its source port tells the flow.
         let error = |kind: u8, vip, protocol, middle: &[u8], port: u8| {
@@ -304,17 +322,9 @@ fn only_what_belongs_to_a_vip_is_steered() {
             request.extend([0, 0, 0, 0, 0, 0, 203, 0, 113, last]);
             ethernet(&[], 0x0806, &request)
         };
-        let mut solicitation = vec![135, 0, 0, 0, 0, 0, 0, 0];
-        solicitation.extend(VIP6.parse::<std::net::Ipv6Addr>().unwrap().octets());
-        let solicit = ip("ff02::1:ff00:10", protocol::ICMPV6, &[], &solicitation);
+        let solicit = ip("ff02::1:ff00:10", protocol::ICMPV6, &[], &solicitation(VIP6));
 
-        let mut steers = |frame: &[u8]| {
-            wire.send("a1", frame);
-            let inbound = receive(&mut ports[0]);
-            let steered = !inbound.is_empty();
-            give_back(&mut pool, inbound);
-            steered
-        };
+        let mut steers = |frame: &[u8]| steers(wire, (&mut ports[0], &mut pool), frame);
         let fragment_header = [17, 0, 0, 1, 0, 0, 0, 1];
         for (what, frame, expected) in [
             ("the VIP's port", udp_frame(VIP, 80), true),
@@ -389,30 +399,17 @@ fn of_a_tunnel_only_what_is_for_our_address_inside_is_steered() {
             ip(end, protocol::UDP, &payload)
         };
         let ours = |inner: &[u8]| tunnel(NODE, 8, 0x01_0203, inner);
-        let fragment = |destination| {
-            let mut frame = udp_frame(destination, 9);
-            frame[20] = 0x20;
-            frame
-        };
         let arp = |target: [u8; 4]| {
             let mut request = vec![0, 1, 8, 0, 6, 4, 0, 1, 2, 0, 0, 0, 0, 9, 10, 0, 0, 9];
             request.extend([0; 6]);
             request.extend(target);
             ethernet(&[], 0x0806, &request)
         };
-        let mut solicitation = vec![135, 0, 0, 0, 0, 0, 0, 0];
-        solicitation.extend(mesh6.parse::<std::net::Ipv6Addr>().unwrap().octets());
         let error = {
             let (_, quoted) = ip_packet("10.0.0.9", protocol::TCP, &[], &[0, 9, 0, 80, 0, 0, 0, 0]);
             ip(mesh, protocol::ICMP, &[&[3, 4, 0, 0, 0, 0, 0, 0], &quoted[..]].concat())
         };
-        let mut steers = |frame: &[u8]| {
-            wire.send("a1", frame);
-            let inbound = receive(&mut ports[0]);
-            let steered = !inbound.is_empty();
-            give_back(&mut pool, inbound);
-            steered
-        };
+        let mut steers = |frame: &[u8]| steers(wire, (&mut ports[0], &mut pool), frame);
         let answer = ip(mesh, protocol::TCP, &[0; 20]);
         for (what, frame, expected) in [
             ("a task's answer", ours(&answer), true),
@@ -428,7 +425,7 @@ fn of_a_tunnel_only_what_is_for_our_address_inside_is_steered() {
             ("a ping", ours(&ip(mesh, protocol::ICMP, &[8; 30])), false),
             ("a fragment", ours(&fragment(mesh)), false),
             ("ARP that the kernel answers", ours(&arp([10, 0, 0, 5])), false),
-            ("a question for us", ours(&ip("ff02::1:ff00:5", 58, &solicitation)), true),
+            ("a question for us", ours(&ip("ff02::1:ff00:5", 58, &solicitation(mesh6))), true),
             ("the kernel's tunnel", ours(&[0; 60]), false),
         ] {
             assert_eq!(steers(&frame), expected, "{what}");

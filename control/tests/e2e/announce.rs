@@ -11,6 +11,7 @@ use crate::{
     api::bare_lab,
     client::{VIP4, VIP6, VIPS, Vip},
     daemon::Daemon,
+    health,
     lab::{Background, Lab, wait_until},
 };
 
@@ -75,25 +76,8 @@ fn announcing_lab() -> (Lab, [Background; 2]) {
 
 /// A service of both backends on this VIP; checks that its web servers listen.
 fn create(daemon: &Daemon, vip: Vip) {
-    let backend = |number: u32| {
-        json!({
-            "name": format!("b{number}"),
-            "vtep": format!("10.77.0.10{number}"),
-            "mac": format!("02:00:00:00:02:0{number}"),
-            "address": format!("10.77.0.10{number}"),
-        })
-    };
-    let health = json!({ "check": "tcp", "interval_ms": INTERVAL_MS, "rise": 2, "fall": 2 });
-    let service = json!({
-        "name": name(vip), "vip": vip.address, "ports": ["80/tcp"], "vni": 100,
-        "backends": [backend(1), backend(2)], "health": health,
-    });
-    let (status, answer) = daemon.call("POST", "/v1/services", &service, "");
-    assert_eq!(status, 201, "{answer}");
-}
-
-fn name(vip: Vip) -> &'static str {
-    if vip.address.contains(':') { "web6" } else { "web" }
+    let keys = json!({ "check": "tcp", "interval_ms": INTERVAL_MS });
+    health::create(daemon, &health::service(vip, &["80/tcp"], &keys));
 }
 
 /// What the router has to this VIP.

@@ -184,6 +184,31 @@ pub fn start_holding(lab: &Lab, vip: Vip, connections: u32, seconds: u32) -> Bac
     holding
 }
 
+/// One flow of datagrams in the background, ten a second for six seconds. It begins at `backend`; printed is
+/// who answered each, or `-` if nobody did.
+pub fn start_talking(lab: &Lab, vip: Vip, backend: &str) -> Background {
+    let program = format!(
+        "import socket, time\n\
+         def ask(s):\n\
+         \x20   s.send(b'x')\n\
+         \x20   try: return s.recv(99).split()[0].decode()\n\
+         \x20   except TimeoutError: return '-'\n\
+         name = None\n\
+         while name != '{backend}':\n\
+         \x20   s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
+         \x20   s.settimeout(0.3)\n\
+         \x20   s.connect(('{}', {ECHO_PORT}))\n\
+         \x20   name = ask(s)\n\
+         said = []\n\
+         for _ in range(60):\n\
+         \x20   said.append(ask(s))\n\
+         \x20   time.sleep(0.1)\n\
+         print(' '.join(said))\n",
+        vip.address
+    );
+    lab.start("client", &["python3", "-c", &program])
+}
+
 /// A backend that drains gets no new connection, and no request fails. Of those held, it has some, and keeps them.
 pub fn assert_drains(lab: &Lab, backend: &str, loading: Background, holding: Background) {
     let after = load(lab, VIP4, 200);

@@ -25,7 +25,7 @@ const BOUND: Duration = Duration::from_millis(INTERVAL_MS * FALL + 100);
 const GRACE: Duration = Duration::from_millis(500);
 
 /// A service of `b1` and `b2`, with these keys of its checks besides the pace.
-fn service(vip: Vip, ports: &[&str], keys: &Value) -> Value {
+pub fn service(vip: Vip, ports: &[&str], keys: &Value) -> Value {
     let backend = |number: u32| {
         json!({
             "name": format!("b{number}"),
@@ -43,7 +43,7 @@ fn service(vip: Vip, ports: &[&str], keys: &Value) -> Value {
     })
 }
 
-fn create(daemon: &Daemon, service: &Value) {
+pub fn create(daemon: &Daemon, service: &Value) {
     let (status, answer) = daemon.call("POST", "/v1/services", service, "");
     assert_eq!(status, 201, "{answer}");
 }

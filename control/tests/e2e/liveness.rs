@@ -4,7 +4,7 @@
 use std::{fs, thread, time::Duration};
 
 use crate::{
-    client::{Held, NO_ERRORS, load, outage, parse, start_holding},
+    client::{Held, NO_ERRORS, load, outage, parse, start_holding, start_talking},
     daemon::Daemon,
     lab::wait_until,
     nat::{Mesh, NODE, ONE_ARMED},
@@ -54,29 +54,7 @@ fn a_node_whose_neighbour_entry_has_failed_meanwhile_is_back_within_three_second
 fn open_connections_wait_for_a_silent_node_and_datagrams_go_elsewhere() {
     let (mesh, daemon) = watched();
     let holding = start_holding(&mesh.lab, NODE, 8, 9);
-    let talking = mesh.lab.start(
-        "client",
-        &[
-            "python3",
-            "-c",
-            "import socket, time\n\
-             def ask(s):\n\
-             \x20   s.send(b'x')\n\
-             \x20   try: return s.recv(99).split()[0].decode()\n\
-             \x20   except TimeoutError: return '-'\n\
-             name = None\n\
-             while name != 'b1':\n\
-             \x20   s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
-             \x20   s.settimeout(0.3)\n\
-             \x20   s.connect(('10.77.0.11', 5353))\n\
-             \x20   name = ask(s)\n\
-             said = []\n\
-             for _ in range(50):\n\
-             \x20   said.append(ask(s))\n\
-             \x20   time.sleep(0.1)\n\
-             print(' '.join(said))\n",
-        ],
-    );
+    let talking = start_talking(&mesh.lab, NODE, "b1");
     thread::sleep(Duration::from_secs(1));
     mesh.lab.cut_off("b1", true);
     wait_until("it is silent", 2, || daemon.node(VTEPS[0])["liveness"] == "silent");

@@ -9,7 +9,7 @@ use std::{
 use crate::{
     client::{
         Held, NO_ERRORS, VIP4, Vip, exchange_ten_megabytes, get, load, parse, send_datagrams,
-        start_holding,
+        start_holding, start_talking,
     },
     daemon::Daemon,
     lab::{Background, Lab, PEER, bounded, wait_until},
@@ -250,24 +250,7 @@ fn connections_of_a_removed_backend_are_reset_and_its_datagrams_go_to_another() 
     let daemon = Daemon::start(&mesh.lab, "n1");
     let holding = start_holding(&mesh.lab, NODE, 12, 10);
     // One flow of datagrams, which is not to notice but by who answers.
-    let talk = mesh.lab.start(
-        "client",
-        &[
-            "python3",
-            "-c",
-            "import socket, time\n\
-             s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
-             s.settimeout(0.5)\n\
-             s.connect(('10.77.0.11', 5353))\n\
-             said = []\n\
-             for _ in range(60):\n\
-             \x20   s.send(b'x')\n\
-             \x20   try: said.append(s.recv(99).split()[0].decode())\n\
-             \x20   except TimeoutError: said.append('-')\n\
-             \x20   time.sleep(0.1)\n\
-             print(' '.join(said))\n",
-        ],
-    );
+    let talk = start_talking(&mesh.lab, NODE, "b1");
     wait_until("both hold connections", 5, || {
         let status = daemon.status();
         let shop = status["services"].as_array().unwrap().iter().find(|s| s["name"] == "shop");
