@@ -2,16 +2,13 @@
 
 use std::{error::Error, iter};
 
-/// The error, its cause, and so on.
-pub fn of<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
-    iter::successors(Some(error), |error: &&'a (dyn Error + 'static)| {
-        let error: &'a (dyn Error + 'static) = *error;
-        error.source()
-    })
+/// The error, its cause, and so on, in one sentence.
+pub fn line(error: &(dyn Error + 'static)) -> String {
+    joined(iter::successors(Some(error), |error| (**error).source()))
 }
 
 /// One sentence of them. Some errors tell their cause themselves: it is not said again.
-pub fn line<'a>(causes: impl Iterator<Item = &'a (dyn Error + 'static)>) -> String {
+pub fn joined<'a>(causes: impl Iterator<Item = &'a (dyn Error + 'static)>) -> String {
     let mut line = String::new();
     for cause in causes.map(ToString::to_string) {
         if line.is_empty() {
@@ -40,7 +37,7 @@ mod tests {
     fn a_cause_is_said_once() {
         for said in ["cannot listen", "cannot listen: no luck"] {
             let error = Outer { said, source: io::Error::other("no luck") };
-            assert_eq!(line(of(&error)), "cannot listen: no luck");
+            assert_eq!(line(&error), "cannot listen: no luck");
         }
     }
 }

@@ -326,7 +326,7 @@ struct Complaint<'a>(&'a Report);
 
 impl fmt::Display for Complaint<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "error: {}", causes::line(self.0.chain()))?;
+        writeln!(f, "error: {}", causes::joined(self.0.chain()))?;
         if let Some(help) = self.0.help() {
             writeln!(f, "help: {help}")?;
         }

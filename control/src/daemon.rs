@@ -453,7 +453,7 @@ impl Daemon {
                 self.refused = None;
                 info!(?cause, generation = self.generation.get(), "configuration taken over");
             }
-            Err(refused) => self.refused = Some(causes::line(causes::of(&refused))),
+            Err(refused) => self.refused = Some(causes::line(&refused)),
         }
     }
 
@@ -461,7 +461,7 @@ impl Daemon {
     async fn want(&mut self, services: Vec<Arc<Service>>, joined: Desired) -> Result<(), Refusal> {
         let wanted = Wanted { api: services, ..self.wanted.clone() };
         self.take_over(self.config.clone(), wanted, Some(joined)).await.map_err(|refused| {
-            let sentence = causes::line(causes::of(&refused));
+            let sentence = causes::line(&refused);
             match changed_something(&refused) {
                 true => Refusal::Failed(sentence),
                 false => Refusal::Impossible(sentence),
@@ -525,7 +525,7 @@ impl Daemon {
         let hops = self.known_hops();
         let Err(refused) = self.replan(hops.clone()).await else { return Ok(()) };
         self.config = before;
-        let sentence = causes::line(causes::of(&refused));
+        let sentence = causes::line(&refused);
         if !changed_something(&refused) {
             error!("change refused, the running state stays: {sentence}");
             return Err(refused);
@@ -537,7 +537,7 @@ impl Daemon {
             Err(again) => error!(
                 "change taken over in part, and the state before can't be restored, restart: \
                  {sentence}; {}",
-                causes::line(causes::of(&again))
+                causes::line(&again)
             ),
         }
         Err(refused)
@@ -667,7 +667,7 @@ impl Daemon {
                 };
             }
             Ok(Err(error)) => {
-                warn!("our interfaces can't be looked at: {}", causes::line(causes::of(&error)));
+                warn!("our interfaces can't be looked at: {}", causes::line(&error));
                 return Ok(());
             }
             Err(_) => {
@@ -846,7 +846,7 @@ fn changed_something(refused: &RunError) -> bool {
 }
 
 fn log_refused(what: &str, refused: &RunError) {
-    let sentence = causes::line(causes::of(refused));
+    let sentence = causes::line(refused);
     if changed_something(refused) {
         error!("{what} taken over in part, the next change will be tried in full: {sentence}");
     } else {

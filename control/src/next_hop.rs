@@ -27,6 +27,7 @@ use self::{
     kernel::{Event, Nudge},
 };
 use crate::{
+    causes,
     link::{self, LinkIndex, VlanTag},
     watching,
 };
@@ -182,8 +183,7 @@ impl Follower {
     async fn run(mut self, events: impl Stream<Item = Event> + Unpin) {
         let mut outcome = self.follow(events).await;
         while let Err(error) = outcome {
-            let cause = std::error::Error::source(&error).map(ToString::to_string);
-            tracing::warn!(%error, cause, "following next hops starts again");
+            tracing::warn!("following next hops starts again: {}", causes::line(&error));
             time::sleep(RECONNECT_AFTER).await;
             outcome = self.reconnect().await;
         }

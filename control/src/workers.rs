@@ -208,7 +208,7 @@ pub struct Fleet {
 ///
 /// # Errors
 /// If an interface has fewer queues than there are workers: one could not send there.
-pub fn share_out(queues: &[Queues], workers: Workers, cores: usize) -> Result<usize, StartError> {
+fn share_out(queues: &[Queues], workers: Workers, cores: usize) -> Result<usize, StartError> {
     let Some(fewest) = queues.iter().min_by_key(|queues| queues.count) else { return Ok(1) };
     match workers {
         Workers::Auto => Ok(fewest.count.min(cores).max(1)),

@@ -78,7 +78,7 @@ pub enum Refusal {
 }
 
 /// Does the changes.
-pub struct Writer {
+struct Writer {
     store: Option<Store>,
     services: Services,
     limits: Limits,
@@ -251,7 +251,7 @@ impl Writer {
         .expect("the store does not panic");
         self.store = Some(store);
         kept.map_err(|error: StoreError| {
-            let sentence = causes::line(causes::of(&error));
+            let sentence = causes::line(&error);
             error!("a change by the API is refused: {sentence}");
             Problem::new(StatusCode::INTERNAL_SERVER_ERROR, sentence)
         })

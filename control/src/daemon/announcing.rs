@@ -78,7 +78,7 @@ impl Announcing {
     pub async fn renew(&mut self) {
         let made = time::timeout(TIMEOUT, self.write()).await;
         let made = made.unwrap_or(Err(AnnounceError::Timeout { table: self.table }));
-        let failure = made.err().map(|failure| causes::line(causes::of(&failure)));
+        let failure = made.err().map(|failure| causes::line(&failure));
         match &failure {
             Some(sentence) if failure != self.failure => error!("VIPs not announced: {sentence}"),
             None if self.failure.is_some() => info!("VIPs are announced again"),

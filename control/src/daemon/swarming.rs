@@ -56,7 +56,7 @@ impl Daemon {
         if wanted.swarm != self.wanted.swarm
             && let Err(refused) = self.take_over(self.config.clone(), wanted, None).await
         {
-            let sentence = causes::line(causes::of(&refused));
+            let sentence = causes::line(&refused);
             left_out.push(format!("what the swarm wants now is not taken over: {sentence}"));
         }
         let new = left_out.iter().filter(|sentence| !self.swarming.left_out.contains(sentence));

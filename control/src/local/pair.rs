@@ -34,7 +34,7 @@ const PREFIX_LEN: u8 = 30;
 /// Locally administered, and the same on every node: they never leave it.
 pub const NODE_MAC: MacAddr = MacAddr([0x02, 0x77, 0x6d, 0x4d, 0, 1]);
 /// The workers'.
-pub const FAR_MAC: MacAddr = MacAddr([0x02, 0x77, 0x6d, 0x4d, 0, 2]);
+const FAR_MAC: MacAddr = MacAddr([0x02, 0x77, 0x6d, 0x4d, 0, 2]);
 /// Ethernet header and two VLAN tags, in bytes.
 const LARGEST_HEADER: u32 = 14 + 8;
 /// A larger MTU keeps XDP programs out of veth's driver, for a packet must fit into a page.
@@ -197,7 +197,7 @@ impl Drop for LocalLink {
         // The kernel would do it once the namespace is gone, but not at once.
         let removal = thread::spawn(|| blocking(async { Ok(remove(&link::connect()?).await?) }));
         if let Ok(Err(error)) = removal.join() {
-            warn!("{NODE_INTERFACE} stays: {}", causes::line(causes::of(&error)));
+            warn!("{NODE_INTERFACE} stays: {}", causes::line(&error));
         }
     }
 }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use dataplane::{forwarding::Slot, time::Tick};
 
 /// A backend's identity: names of its service and itself.
-pub type Identity = (String, String);
+type Identity = (String, String);
 
 /// Slots, and how to take back what was done to them for a plan that can't be.
 #[derive(Debug, Default)]

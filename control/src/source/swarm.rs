@@ -240,7 +240,7 @@ impl Reader {
         loop {
             let begun = Instant::now();
             let Err(error) = self.follow().await;
-            let sentence = causes::line(causes::of(&error));
+            let sentence = causes::line(&error);
             if self.trouble.is_none() {
                 let stays = if self.is_known() { "; what is known of it stays" } else { "" };
                 warn!("the swarm can't be read: {sentence}{stays}");

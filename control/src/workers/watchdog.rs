@@ -100,7 +100,7 @@ fn look(watched: &Watched, watch: &mut Watch, steers: &Mutex<Vec<Steer>>, timeou
         // Tried again at every tick, and said once.
         (Some(_), _) if watch.complained => return,
         (Some(error), hung) => {
-            let error = causes::line(causes::of(&error));
+            let error = causes::line(&error);
             watch.complained = true;
             if hung {
                 error!(
