@@ -162,9 +162,14 @@ impl Vip {
         }
     }
 
-    /// Whether its clients speak IPv6.
+    /// What its clients speak.
+    pub fn family(self) -> Family {
+        self.address().map_or(Family::V4, Family::of)
+    }
+
+    /// Whether that is IPv6.
     pub fn is_ipv6(self) -> bool {
-        self.address().is_some_and(|address| address.is_ipv6())
+        self.family() == Family::V6
     }
 }
 
@@ -197,7 +202,7 @@ pub struct Overlay {
     pub owner: Owner,
     /// Its number. Unique.
     pub vni: Vni,
-    /// This node's mesh addresses, IPv4: used by nobody else. At least one.
+    /// This node's mesh addresses: used by nobody else. At least one.
     pub addresses: Vec<IpAddr>,
     /// Mesh addresses that it had: they get no new connections, and keep those that they have.
     pub leaving: Vec<IpAddr>,
@@ -235,7 +240,43 @@ impl Overlay {
         if overlay.addresses.contains(&address) {
             return Err(OutOfMesh::Ours { vni, address });
         }
+        if !overlay.has(Family::of(address)) {
+            return Err(OutOfMesh::OtherFamily { vni, family: Family::of(address), address });
+        }
         Ok(overlay)
+    }
+
+    /// Whether this node has an address of this family in it.
+    pub fn has(&self, family: Family) -> bool {
+        self.addresses.iter().any(|address| Family::of(*address) == family)
+    }
+}
+
+/// What an address is one of. A translated packet keeps its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Family {
+    /// RFC 791.
+    V4,
+    /// RFC 8200.
+    V6,
+}
+
+impl Family {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::V4, Self::V6];
+
+    /// An address's.
+    pub fn of(address: IpAddr) -> Self {
+        if address.is_ipv6() { Self::V6 } else { Self::V4 }
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::V4 => "IPv4",
+            Self::V6 => "IPv6",
+        })
     }
 }
 
@@ -263,6 +304,16 @@ pub enum OutOfMesh {
         ours: u16,
         /// The backend's.
         theirs: u16,
+    },
+    /// A translated packet keeps its family.
+    #[error("it has {address}, and this node has no {family} address in the overlay {vni}")]
+    OtherFamily {
+        /// Its network.
+        vni: u32,
+        /// What is missing.
+        family: Family,
+        /// The backend's.
+        address: IpAddr,
     },
     /// It would be us.
     #[error("{address} is an address of this node in the overlay {vni}")]
@@ -671,6 +722,14 @@ mod tests {
         Arc::new(spec.understand(&Default::default()).unwrap().0)
     }
 
+    /// The same for clients over IPv6.
+    fn nat6(vni: i64, address: &str) -> Arc<Service> {
+        let mut service = (*nat(vni, "80/tcp", "10.99.1.2")).clone();
+        service.vip = Vip::Address("2001:db8::1".parse().unwrap());
+        service.backends[0].address = Some(address.parse().unwrap());
+        Arc::new(service)
+    }
+
     #[test]
     fn a_nat_service_needs_an_overlay_that_this_node_is_in() {
         let overlay = Overlay {
@@ -700,6 +759,12 @@ mod tests {
                 &one,
                 "a backend of the api's `shop` can't be reached by nat: 10.99.1.250 is an address of this \
                  node in the overlay 100",
+            ),
+            (
+                nat6(100, "fd00:99::2"),
+                &one,
+                "a backend of the api's `shop` can't be reached by nat: it has fd00:99::2, and this node has \
+                 no IPv6 address in the overlay 100",
             ),
             (
                 nat(100, "4780-4790/udp", "10.99.1.2"),

@@ -10,12 +10,12 @@
 use std::{
     collections::{BTreeSet, HashMap, hash_map::Entry},
     io, iter,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     time::Duration,
 };
 
 use dataplane::wire::{ethernet::MacAddr, vxlan};
-use etherparse::{ArpEthIpv4Packet, ArpOperation, ArpPacket, PacketBuilder};
+use etherparse::{ArpEthIpv4Packet, ArpOperation, ArpPacket, Icmpv6Type, PacketBuilder};
 use socket2::{Domain, Socket, Type};
 use tokio::{
     net::UdpSocket,
@@ -48,31 +48,80 @@ struct Lesson {
     /// Whether that is this very node.
     home: bool,
     vni: u32,
+    inside: Inside,
     /// Whose kernel is to learn.
-    task: (Ipv4Addr, MacAddr),
+    task_mac: MacAddr,
     /// What it is to learn.
-    mesh: (Ipv4Addr, MacAddr),
+    mesh_mac: MacAddr,
     /// Whether nothing else will tell it: Docker's devices let no question out, and answer for what Docker
     /// knows only.
     alone: bool,
 }
 
+/// The task's address and the mesh address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+enum Inside {
+    V4 { task: Ipv4Addr, mesh: Ipv4Addr },
+    V6 { task: Ipv6Addr, mesh: Ipv6Addr },
+}
+
+impl Inside {
+    /// `None` if they are not of one family, and so never meet.
+    fn of(task: IpAddr, mesh: IpAddr) -> Option<Self> {
+        match (task, mesh) {
+            (IpAddr::V4(task), IpAddr::V4(mesh)) => Some(Self::V4 { task, mesh }),
+            (IpAddr::V6(task), IpAddr::V6(mesh)) => Some(Self::V6 { task, mesh }),
+            _ => None,
+        }
+    }
+}
+
 impl Lesson {
     /// What goes into the tunnel: who has the task's address, tell the mesh address.
     fn packet(&self) -> Vec<u8> {
-        self.arp(false).in_tunnel(self.vni)
+        match self.inside {
+            Inside::V4 { task, mesh } => self.arp(task, mesh, false),
+            Inside::V6 { task, mesh } => {
+                solicitation((mesh, self.mesh_mac), (task, self.task_mac), self.vni)
+            }
+        }
     }
 
     /// After a question a kernel has a neighbour that it will soon ask whether it is still there; after an
     /// answer one that it believes in for at least 15 s.
     fn confirmation(&self) -> Option<Vec<u8>> {
-        self.alone.then(|| self.arp(true).in_tunnel(self.vni))
+        match self.inside {
+            Inside::V4 { task, mesh } if self.alone => Some(self.arp(task, mesh, true)),
+            // A swarm's mesh addresses are IPv4.
+            _ => None,
+        }
     }
 
-    fn arp(&self, is_answer: bool) -> Arp {
-        let (task, to) = self.task;
-        Arp { sender: self.mesh, asked: task, to, is_answer }
+    fn arp(&self, asked: Ipv4Addr, mesh: Ipv4Addr, is_answer: bool) -> Vec<u8> {
+        let sender = (mesh, self.mesh_mac);
+        Arp { sender, asked, to: self.task_mac, is_answer }.in_tunnel(self.vni)
     }
+}
+
+/// A neighbour solicitation, RFC 4861 section 4.3, in its frame and VXLAN: `sender` asks whether `asked` is still
+/// there, which it hears with the sender's own MAC address. To it alone, for no device floods what it is sent.
+fn solicitation(
+    (sender, sender_mac): (Ipv6Addr, MacAddr),
+    (asked, asked_mac): (Ipv6Addr, MacAddr),
+    vni: u32,
+) -> Vec<u8> {
+    /// What has come by a router counts for nothing, RFC 4861 section 7.1.1.
+    const HOP_LIMIT: u8 = 255;
+    /// Source link-layer address, of one unit of 8 bytes.
+    const OPTION: [u8; 2] = [1, 1];
+    let said = [&asked.octets()[..], &OPTION, &sender_mac.0].concat();
+    let mut packet = vxlan::Header::new(vni).as_bytes().to_vec();
+    PacketBuilder::ethernet2(sender_mac.0, asked_mac.0)
+        .ipv6(sender.octets(), asked.octets(), HOP_LIMIT)
+        .icmpv6(Icmpv6Type::NeighborSolicitation)
+        .write(&mut packet, &said)
+        .expect("a vector takes everything");
+    packet
 }
 
 /// What is said by ARP, RFC 826.
@@ -134,18 +183,19 @@ fn lessons(
         if (home && !has_home) || lost.contains(&backend.vtep) {
             continue;
         }
-        let Some(IpAddr::V4(task)) = backend.address else { continue };
+        let Some(task) = backend.address else { continue };
         let its = desired.overlays.iter().filter(|overlay| overlay.vni == backend.vni);
         // One that is leaving still gets answers.
         let both = |o: &'_ Overlay| [&o.addresses[..], &o.leaving].concat().into_iter().enumerate();
         for (overlay, (index, mesh)) in its.flat_map(|o| both(o).map(move |mesh| (o, mesh))) {
-            let IpAddr::V4(mesh) = mesh else { continue };
+            let Some(inside) = Inside::of(task, mesh) else { continue };
             all.insert(Lesson {
                 end: SocketAddr::new(backend.vtep, backend.port),
                 home,
                 vni: backend.vni.get(),
-                task: (task, backend.mac),
-                mesh: (mesh, overlay.mac),
+                inside,
+                task_mac: backend.mac,
+                mesh_mac: overlay.mac,
                 // Docker has given the first one.
                 alone: overlay.owner == Owner::Swarm && index > 0,
             });
@@ -254,7 +304,7 @@ fn bound(from: IpAddr, home: bool) -> io::Result<UdpSocket> {
 
 #[cfg(test)]
 mod tests {
-    use etherparse::{LinkSlice, NetSlice, SlicedPacket};
+    use etherparse::{LinkSlice, NetSlice, SlicedPacket, TransportSlice};
 
     use super::*;
     use crate::config::Config;
@@ -313,17 +363,57 @@ mod tests {
     }
 
     #[test]
+    fn an_ipv6_backend_is_asked_by_a_solicitation_that_names_the_mesh_address_of_its_family() {
+        let text = TEXT
+            .replace("\"10.99.1.251\"", "\"fd00:99::250\"")
+            .replace("vip = \"node\"", "vip = \"2001:db8::1\"")
+            .replace(
+                "address = \"10.99.1.2\"",
+                "address = \"fd00:99::2\", mac = \"02:00:00:00:00:02\"",
+            )
+            .replace(
+                "address = \"10.99.1.3\"",
+                "address = \"fd00:99::3\", mac = \"02:00:00:00:00:03\"",
+            )
+            .replace("127.0.0.1", "10.0.0.2");
+        let desired = Config::parse("test", &text).unwrap().0.desired;
+        let all = lessons(&desired, (&[], &BTreeSet::new()), false);
+        assert_eq!(all.len(), 2, "nothing of the IPv4 address: {all:?}");
+        let packet = all.first().unwrap().packet();
+        assert_eq!(packet[..8], [8, 0, 0, 0, 0, 0, 100, 0]);
+        let inner = SlicedPacket::from_ethernet(&packet[8..]).unwrap();
+        let Some(LinkSlice::Ethernet2(ethernet)) = &inner.link else { panic!("{inner:?}") };
+        assert_eq!(ethernet.destination(), [2, 0, 0, 0, 0, 2], "to nobody else");
+        assert_eq!(ethernet.source(), [2, 0x42, 10, 99, 1, 250]);
+        let Some(NetSlice::Ipv6(ip)) = &inner.net else { panic!("{inner:?}") };
+        let ip = ip.header();
+        let [mesh, task] = ["fd00:99::250", "fd00:99::2"].map(|a| a.parse::<Ipv6Addr>().unwrap());
+        assert_eq!((ip.source_addr(), ip.destination_addr()), (mesh, task));
+        assert_eq!(ip.hop_limit(), 255);
+        let Some(TransportSlice::Icmpv6(icmp)) = &inner.transport else { panic!("{inner:?}") };
+        assert!(icmp.is_checksum_valid(mesh.octets(), task.octets()));
+        assert_eq!(icmp.icmp_type(), Icmpv6Type::NeighborSolicitation);
+        let option = [1, 1, 2, 0x42, 10, 99, 1, 250];
+        assert_eq!(icmp.payload(), [&task.octets()[..], &option].concat());
+        assert_eq!(all.first().unwrap().confirmation(), None);
+    }
+
+    #[test]
     fn what_docker_knows_nothing_of_is_confirmed_for_no_device_answers_for_it() {
         let mut desired = desired(4789);
         let confirmed = |desired: &Desired| {
             let all = lessons(desired, (&[], &BTreeSet::new()), false);
-            let all = all.iter().filter_map(|lesson| Some((lesson.mesh.0, lesson.confirmation()?)));
+            let all = all.iter().filter_map(|l| Some((l.inside, l.confirmation()?)));
             all.collect::<Vec<_>>()
         };
         assert!(confirmed(&desired).is_empty(), "workers answer what stock devices ask");
         desired.overlays[0].owner = Owner::Swarm;
         let all = confirmed(&desired);
-        assert!(all.len() == 2 && all.iter().all(|(mesh, _)| mesh.octets()[3] == 251), "{all:?}");
+        let is_further = |inside: &Inside| match inside {
+            Inside::V4 { mesh, .. } => mesh.octets()[3] == 251,
+            Inside::V6 { .. } => false,
+        };
+        assert!(all.len() == 2 && all.iter().all(|(inside, _)| is_further(inside)), "{all:?}");
         let inner = SlicedPacket::from_ethernet(&all[0].1[8..]).unwrap();
         let Some(NetSlice::Arp(arp)) = &inner.net else { panic!("{inner:?}") };
         assert_eq!(arp.operation(), ArpOperation::REPLY);

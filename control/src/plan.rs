@@ -36,7 +36,7 @@ use self::{
 };
 use crate::{
     config::NextHop,
-    desired::{self, Backend, Desired, Drain, Mode, Overlay, Owner, Scheduler, Service},
+    desired::{self, Backend, Desired, Drain, Family, Mode, Overlay, Owner, Scheduler, Service},
     health::{AllDown, OnDown, Verdict, Verdicts},
     link::LinkIndex,
     next_hop::HopState,
@@ -668,13 +668,22 @@ fn cut(desired: &Desired, banks: &Banks, meshed: &[Meshed]) -> Vec<u16> {
     gone.map(|(_, bank)| bank).collect()
 }
 
+/// Whom a service can refer to: a connection is given any mesh address of what its service refers to, so there is
+/// one for each family that an overlay has.
+fn referred(overlays: &[Overlay]) -> impl Iterator<Item = (&Overlay, Family)> {
+    let both = |overlay| Family::ALL.map(|family| (overlay, family));
+    overlays.iter().flat_map(both).filter(|(overlay, family)| overlay.has(*family))
+}
+
 /// The overlays for workers. What is leaving is in further ones behind them, which no service refers to: so
 /// answers find it, and new connections don't.
 fn overlays(inputs: &Inputs<'_>, meshed: &[Meshed]) -> Vec<forwarding::Overlay> {
-    let overlays = inputs.desired.overlays.iter().filter(|_| inputs.nat.is_some());
-    let overlay = |overlay: &Overlay, takes: bool| {
+    if inputs.nat.is_none() {
+        return Vec::new();
+    }
+    let of = |overlay: &Overlay, is_in: &dyn Fn(&Meshed) -> bool| {
         let vni = overlay.vni.get();
-        let its = meshed.iter().filter(|meshed| meshed.owner.0 == vni && meshed.takes == takes);
+        let its = meshed.iter().filter(|meshed| meshed.owner.0 == vni && is_in(meshed));
         forwarding::Overlay {
             vni,
             udp_port: overlay.port,
@@ -682,8 +691,11 @@ fn overlays(inputs: &Inputs<'_>, meshed: &[Meshed]) -> Vec<forwarding::Overlay> 
             mesh: its.map(|m| Mesh { bank: m.bank, address: m.owner.1.into() }).collect(),
         }
     };
-    let takes = overlays.clone().map(|one| overlay(one, true));
-    let leaves = overlays.map(|one| overlay(one, false));
+    let overlays = &inputs.desired.overlays;
+    let takes = referred(overlays).map(|(overlay, family)| {
+        of(overlay, &|meshed| meshed.takes && Family::of(meshed.owner.1) == family)
+    });
+    let leaves = overlays.iter().map(|overlay| of(overlay, &|meshed| !meshed.takes));
     takes.chain(leaves.filter(|overlay| !overlay.mesh.is_empty())).collect()
 }
 
@@ -784,7 +796,10 @@ fn nat(overlays: &[Overlay], service: &Service, targets: Vec<u16>) -> Option<Arc
     }
     // One without backends is in none, which makes no difference to anybody.
     let vni = service.backends.first().map(|backend| backend.vni);
-    let overlay = overlays.iter().position(|overlay| Some(overlay.vni) == vni).unwrap_or_default();
+    let is_its = |(overlay, family): (&Overlay, Family)| {
+        Some(overlay.vni) == vni && family == service.vip.family()
+    };
+    let overlay = referred(overlays).position(is_its).unwrap_or_default();
     let allow = service.allow.iter().map(prefix).collect();
     Some(Arc::new(Nat { overlay: overlay as u32, targets, allow }))
 }

@@ -294,6 +294,10 @@ fn conflict_problem(conflict: &Conflict, new: Option<&Service>) -> Problem {
         Claim::Mesh(index, OutOfMesh::OtherPort { .. }) => {
             (format!("/backends/{index}/port"), "the overlay's")
         }
+        Claim::Mesh(index, OutOfMesh::OtherFamily { .. }) => {
+            let remedy = "add an address of its family to the overlay in the configuration file";
+            (format!("/backends/{index}/address"), remedy)
+        }
         Claim::Mesh(index, OutOfMesh::Ours { .. }) => {
             (format!("/backends/{index}/address"), "the server's own address")
         }

@@ -11,7 +11,7 @@ use super::{
     services::{mac, mtu, port, required, vni},
     settings,
 };
-use crate::desired::{Overlay, Owner, container_mac};
+use crate::desired::{Family, Overlay, Owner, container_mac};
 
 pub fn overlays(written: &[Spanned<file::Overlay>], report: &mut Report) -> Vec<Overlay> {
     let mut vnis = HashMap::new();
@@ -46,7 +46,7 @@ fn overlay(
         (key, _) => required(key, "overlay", "mac = \"02:42:0a:63:01:fa\"", &at, report)
             .and_then(|key| mac(key, report)),
     };
-    let mtu = mtu(&keys.mtu, None, report);
+    let mtu = mtu(&keys.mtu, family(&addresses), report);
     let port = port("port", &keys.port, vxlan::PORT, report);
     Some(Overlay {
         owner: Owner::File,
@@ -57,6 +57,11 @@ fn overlay(
         mtu,
         port,
     })
+}
+
+/// IPv6 if any of the addresses is: it asks more of a network.
+fn family(addresses: &[IpAddr]) -> Family {
+    addresses.iter().copied().map(Family::of).max().unwrap_or(Family::V4)
 }
 
 fn addresses(written: &Spanned<Vec<Spanned<String>>>, report: &mut Report) -> Vec<IpAddr> {
@@ -72,14 +77,5 @@ fn addresses(written: &Spanned<Vec<Spanned<String>>>, report: &mut Report) -> Ve
             report.conflict(address.span(), message, "leave it out here", first.span());
         }
     }
-    list.iter().filter_map(|address| mesh_address(address, report)).collect()
-}
-
-fn mesh_address(written: &Spanned<String>, report: &mut Report) -> Option<IpAddr> {
-    let address = settings::address("addresses", written, report)?;
-    if address.is_ipv6() {
-        let message = format!("`addresses` has {address}, an IPv6 address");
-        report.error(written.span(), message, "IPv4 addresses: only these are translated");
-    }
-    Some(address)
+    list.iter().filter_map(|address| settings::address("addresses", address, report)).collect()
 }

@@ -18,8 +18,8 @@ use super::{
     settings::{self, MAX_TABLE_SIZE, number, prime_from},
 };
 use crate::desired::{
-    Backend, Drain, Mode, OutOfMesh, Overlay, Owner, PortMapping, Protocol, Scheduler, Service,
-    ServicePort, Vip, Vni, container_mac, tunnel_port,
+    Backend, Drain, Family, Mode, OutOfMesh, Overlay, Owner, PortMapping, Protocol, Scheduler,
+    Service, ServicePort, Vip, Vni, container_mac, tunnel_port,
 };
 
 /// Largest share of new connections that one backend can have.
@@ -111,7 +111,7 @@ fn service(
     let mode = keys.mode.as_ref().map(|key| *key.get_ref()).unwrap_or_default();
     match mode {
         Mode::Dsr => only_nat_can(keys, ports.as_deref().unwrap_or(&[]), report),
-        Mode::Nat => no_nat_can(keys, vip, ports.as_deref().unwrap_or(&[]), report),
+        Mode::Nat => no_nat_can(keys, ports.as_deref().unwrap_or(&[]), report),
     }
 
     if let Some((name, span)) = &name
@@ -177,16 +177,7 @@ fn only_nat_can(service: &file::Service, ports: &[(PortMapping, Span)], report: 
 }
 
 /// What makes no sense where packets are translated.
-fn no_nat_can(
-    service: &file::Service,
-    vip: Option<Vip>,
-    ports: &[(PortMapping, Span)],
-    report: &mut Report,
-) {
-    if let Some(key) = service.vip.as_ref().filter(|_| vip.is_some_and(Vip::is_ipv6)) {
-        let message = "`vip` is an IPv6 address, and the mode is `nat`";
-        report.error(key.span(), message, "an IPv4 address, or `dsr`: only IPv4 is translated");
-    }
+fn no_nat_can(service: &file::Service, ports: &[(PortMapping, Span)], report: &mut Report) {
     let is_sctp = |(port, _): &&(PortMapping, Span)| port.published.protocol == Protocol::Sctp;
     if let Some((port, span)) = ports.iter().find(is_sctp) {
         let message = format!("{} is published, and the mode is `nat`", port.published);
@@ -225,6 +216,11 @@ fn in_mesh(service: &Service, written: &file::Service, overlays: &[Overlay], rep
                 )
             }
             OutOfMesh::OtherPort { .. } => "the same `port` in both".to_owned(),
+            OutOfMesh::OtherFamily { family, .. } => {
+                format!(
+                    "add an {family} address of its own for this node to the overlay's `addresses`"
+                )
+            }
             OutOfMesh::Ours { .. } => "the server's own address".to_owned(),
         };
         report.error(at, format!("`{}` can't be reached by nat: {why}", backend.name), remedy);
@@ -329,7 +325,7 @@ fn backends(
         mode,
         vni: service.vni.as_ref().map(|key| vni(key, report)),
         port: port("vxlan_port", &service.vxlan_port, vxlan::PORT, report),
-        mtu: mtu(&service.mtu, vip, report),
+        mtu: mtu(&service.mtu, vip.map_or(Family::V4, Vip::family), report),
         udp_checksum: service.udp_checksum,
         vip,
     };
@@ -412,7 +408,8 @@ fn backend(
     let weight = if drain.is_some() { 0 } else { weight };
     let vni = keys.vni.as_ref().map(|key| vni(key, report)).or(defaults.vni).flatten();
     let port = port("port", &keys.port, defaults.port, report);
-    let mtu = mtu(&keys.mtu, defaults.vip, report).or(defaults.mtu);
+    let family = defaults.vip.map_or(Family::V4, Vip::family);
+    let mtu = mtu(&keys.mtu, family, report).or(defaults.mtu);
     let udp_checksum = keys.udp_checksum.or(defaults.udp_checksum);
     published.vteps.extend(vtep.clone());
     if defaults.mode == Mode::Nat {
@@ -454,9 +451,15 @@ fn address_of_backend(
         let message = format!("`address` is {address}, the VIP");
         report.error(key.span(), message, "the server's own address: the VIP leads to any backend");
     }
-    if defaults.mode == Mode::Nat && address.is_ipv6() {
-        let message = format!("`address` is {address}, and the mode is `nat`");
-        report.error(key.span(), message, "the server's IPv4 address: only that is translated");
+    if let (Mode::Nat, Some(vip)) = (defaults.mode, defaults.vip)
+        && vip.family() != Family::of(address)
+    {
+        let (family, theirs) = (vip.family(), Family::of(address));
+        let message = format!("`address` is {address}, and `vip` is {vip}: {family} clients");
+        let remedy = format!(
+            "the server's {family} address, or another service for its {theirs} one: `nat` keeps the family"
+        );
+        report.error(key.span(), message, remedy);
     }
     Some(address)
 }
@@ -503,7 +506,7 @@ fn next_hop(
     let mac = required(&keys.mac, "next hop", "mac = \"02:42:0a:00:00:02\"", &at, report)
         .and_then(|key| mac(key, report));
     let interface = keys.interface.as_ref().and_then(|key| settings::interface(key, report));
-    let mtu = mtu(&keys.mtu, None, report);
+    let mtu = mtu(&keys.mtu, Family::V4, report);
     let (vtep, span) = vtep?;
     if let Some(first) = vteps.insert(vtep, span.clone()) {
         report.conflict(span, format!("{vtep} has two next hops"), "keep one of them", first);
@@ -659,8 +662,11 @@ pub fn port(key: &str, written: &Key<i64>, default: u16, report: &mut Report) ->
     number(key, written, (default, 1..=u16::MAX), report)
 }
 
-pub fn mtu(written: &Key<i64>, vip: Option<Vip>, report: &mut Report) -> Option<u16> {
-    let least = if vip.is_some_and(Vip::is_ipv6) { MIN_MTU_IPV6 } else { MIN_MTU_IPV4 };
+pub fn mtu(written: &Key<i64>, family: Family, report: &mut Report) -> Option<u16> {
+    let least = match family {
+        Family::V4 => MIN_MTU_IPV4,
+        Family::V6 => MIN_MTU_IPV6,
+    };
     written.as_ref()?;
     Some(number("mtu", written, (least, least..=MAX_MTU), report))
 }

@@ -686,6 +686,26 @@ fn a_nat_service_says_where_packets_are_translated_to() {
 }
 
 #[test]
+fn a_nat_service_of_an_ipv6_vip_is_translated_to_ipv6_addresses() {
+    let text = NAT
+        .replace("\"10.99.1.251\"", "\"fd00:99::250\"")
+        .replace("vip = \"node\"", "vip = \"2001:db8::1\"")
+        .replace(
+            "address = \"10.99.1.2\"",
+            "address = \"fd00:99::2\"\nmac = \"02:00:00:00:00:02\"",
+        );
+    let desired = config(&text).desired;
+    let overlay = &desired.overlays[0];
+    assert_eq!(overlay.mac.to_string(), "02:42:0a:63:01:fa", "one for both families");
+    let backend = &desired.services[0].backends[0];
+    assert_eq!(backend.address, Some("fd00:99::2".parse().unwrap()));
+    let without = text.replace("mac = \"02:00:00:00:00:02\"", "");
+    let expected =
+        "w.toml:13:1: the backend has no `mac`: add one, as in `mac = \"02:42:0a:00:00:02\"`";
+    assert_eq!(errors(&without), [expected], "nothing follows from an IPv6 address");
+}
+
+#[test]
 fn a_nat_service_that_cannot_be_is_refused_with_what_would_be_right() {
     let nat = |good: &str, bad: &str| {
         assert_eq!(NAT.matches(good).count(), 1, "{good}");
@@ -748,14 +768,14 @@ fn a_nat_service_that_cannot_be_is_refused_with_what_would_be_right() {
         (
             "address = \"10.99.1.2\"",
             "address = \"2001:db8::2\"\nmac = \"02:00:00:00:00:02\"",
-            "16:11: `address` is 2001:db8::2, and the mode is `nat`: the server's IPv4 address: only \
-             that is translated",
+            "16:11: `address` is 2001:db8::2, and `vip` is node: IPv4 clients: the server's IPv4 address, \
+             or another service for its IPv6 one: `nat` keeps the family",
         ),
         (
             "vip = \"node\"",
             "vip = \"2001:db8::1\"",
-            "7:7: `vip` is an IPv6 address, and the mode is `nat`: an IPv4 address, or `dsr`: only IPv4 is \
-             translated",
+            "16:11: `address` is 10.99.1.2, and `vip` is 2001:db8::1: IPv6 clients: the server's IPv6 \
+             address, or another service for its IPv4 one: `nat` keeps the family",
         ),
         (
             "address = \"10.99.1.2\"\n",
@@ -766,8 +786,19 @@ fn a_nat_service_that_cannot_be_is_refused_with_what_would_be_right() {
         ),
         (
             "addresses = [\"10.99.1.250\", \"10.99.1.251\"]",
-            "addresses = [\"2001:db8::9\"]",
-            "3:14: `addresses` has 2001:db8::9, an IPv6 address: IPv4 addresses: only these are translated",
+            "addresses = [\"fd00:99::250\"]\nmac = \"02:00:00:00:00:01\"",
+            "14:1: `shop-1` can't be reached by nat: it has 10.99.1.2, and this node has no IPv4 address in \
+             the overlay 100: add an IPv4 address of its own for this node to the overlay's `addresses`",
+        ),
+        (
+            "addresses = [\"10.99.1.250\", \"10.99.1.251\"]",
+            "addresses = [\"fd00:99::250\"]",
+            "1:1: the overlay has no `mac`: add one, as in `mac = \"02:42:0a:63:01:fa\"`",
+        ),
+        (
+            "\"10.99.1.251\"]",
+            "\"fd00:99::250\"]\nmtu = 1200",
+            "4:7: `mtu` is 1200, out of its range: 1280 to 9216",
         ),
         (
             "address = \"10.99.1.2\"",

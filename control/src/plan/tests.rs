@@ -856,6 +856,36 @@ fn a_nat_backend_has_the_overlays_macs_and_the_smallest_mtu() {
 }
 
 #[test]
+fn a_connection_is_given_a_mesh_address_of_its_own_family() {
+    let ipv6 = r#"
+        [[service]]
+        name = "shop6"
+        vip = "2001:db8::1"
+        ports = ["80:8081/tcp"]
+        mode = "nat"
+        vni = 100
+        backend = [{ name = "shop-1", vtep = "10.0.0.2", address = "fd00:99::2", mac = "02:00:00:00:00:02" }]
+    "#;
+    let both = NAT.replace("[\"10.99.1.250\"]", "[\"10.99.1.250\", \"fd00:99::250\"]") + ipv6;
+    let plan = nat_world(&both).plan();
+    let mesh_of = |service| {
+        let nat = plan.forwarding.service(service).unwrap().nat.as_ref().unwrap();
+        let overlay = &plan.forwarding.overlays()[nat.overlay as usize];
+        overlay.mesh.iter().map(|mesh| mesh.address).collect::<Vec<_>>()
+    };
+    let wide = |address: &str| Address::from(address.parse::<IpAddr>().unwrap());
+    let (narrow, wide_mesh) = (Address::v4([10, 99, 1, 250]), wide("fd00:99::250"));
+    assert_eq!((mesh_of(0), mesh_of(2)), (vec![narrow], vec![wide_mesh]));
+    assert_eq!(plan.forwarding.task(plan.backends()[2].slot), Some(wide("fd00:99::2")));
+    assert_eq!(plan.forwarding.mesh_at(100, wide_mesh).map(|(_, bank)| bank), Some(1));
+    let key = steer::Key::Mesh { vni: 100, address: wide_mesh };
+    assert_eq!(plan.steer[&key], steer::ANSWER_ARP | steer::taken(1));
+    // What goes in the tunnel says what it is.
+    let frame = encapsulated(&plan, 2);
+    assert_eq!(frame[14 + 20 + 8 + 8 + 12..][..2], [0x86, 0xdd]);
+}
+
+#[test]
 fn a_mesh_address_keeps_its_bank_and_one_too_many_is_refused_and_changes_nothing() {
     let mut world = nat_world(NAT);
     let mut planner = planner(16);

@@ -18,8 +18,11 @@ use crate::{
 
 /// What backends take for their client.
 const MESH: &str = "10.99.1.250";
+const MESH6: &str = "fd00:99::250";
 /// A service's own address.
 const VIP: Vip = Vip { address: "203.0.113.20", url: "http://203.0.113.20", client: MESH };
+const VIP6: Vip =
+    Vip { address: "2001:db8:113::20", url: "http://[2001:db8:113::20]:8080", client: MESH6 };
 /// One of the node's.
 pub const NODE: Vip = Vip { address: "10.77.0.11", url: "http://10.77.0.11:8080", client: MESH };
 
@@ -39,6 +42,7 @@ impl Mesh {
     pub fn up(options: &[&str], backends: &[&str]) -> Self {
         let lab = Lab::up(options);
         lab.succeed("router", &["ip", "route", "add", VIP.address, "via", NODE.address]);
+        lab.succeed("router", &["ip", "route", "add", VIP6.address, "via", "2001:db8:77::11"]);
         let v6 = options.windows(2).any(|two| two == ["--underlay", "6"]);
         let vteps = if v6 { "2001:db8:77::10" } else { "10.77.0.10" };
         let echoes = backends.iter().map(|backend| join(&lab, backend, vteps)).collect();
@@ -55,27 +59,30 @@ impl Mesh {
 
     /// `allow` is a key of the services.
     fn serve(&self, backends: &[&str], keys: &str, allow: &str) {
-        let backend = |name: &&str| {
+        let backend = |name: &&str, prefix: &str| {
             let number = &name[1..];
             format!(
                 "[[service.backend]]\nname = \"{name}\"\nvtep = \"{}{number}\"\n\
-                 address = \"10.99.1.{number}\"\n",
-                self.vteps
+                 address = \"{prefix}{number}\"\nmac = \"{}\"\n",
+                self.vteps,
+                mac(number)
             )
         };
-        let backends: String = backends.iter().map(backend).collect();
-        let service = |name: &str, vip: &str, ports: &str| {
+        let service = |name: &str, vip: Vip, address: &str, ports: &str| {
+            let prefix = mesh_prefix(vip);
+            let backends: String = backends.iter().map(|name| backend(name, prefix)).collect();
             format!(
-                "[[service]]\nname = \"{name}\"\nvip = \"{vip}\"\nports = [{ports}]\nmode = \"nat\"\n\
+                "[[service]]\nname = \"{name}\"\nvip = \"{address}\"\nports = [{ports}]\nmode = \"nat\"\n\
                  vni = 200\n{allow}\n{backends}"
             )
         };
-        let on_node = "\"8080:80/tcp\", \"5353/udp\", \"5301:5999/udp\", \"8000-8001:80-81/tcp\"";
+        let many = "\"8080:80/tcp\", \"5353/udp\", \"5301:5999/udp\", \"8000-8001:80-81/tcp\"";
         let text = format!(
-            "{}\n[[overlay]]\nvni = 200\naddresses = [\"{MESH}\"]\n{keys}\n{}{}",
+            "{}\n[[overlay]]\nvni = 200\naddresses = [\"{MESH}\", \"{MESH6}\"]\n{keys}\n{}{}{}",
             self.plain,
-            service("shop", "node", on_node),
-            service("shop-vip", VIP.address, "\"80/tcp\", \"5353/udp\""),
+            service("shop", NODE, "node", many),
+            service("shop-vip", VIP, VIP.address, "\"80/tcp\", \"5353/udp\""),
+            service("shop-vip6", VIP6, VIP6.address, many),
         );
         let (path, new) = (self.lab.file("n1.toml"), self.lab.file("n1.toml.new"));
         fs::write(&new, text).unwrap();
@@ -88,21 +95,35 @@ impl Mesh {
     }
 }
 
-/// Gives a backend a stock vxlan device with an address, and an echo server there.
+/// What backends' addresses in the overlay begin with, of a VIP's family.
+fn mesh_prefix(vip: Vip) -> &'static str {
+    if vip.address.contains(':') { "fd00:99::" } else { "10.99.1." }
+}
+
+/// A backend's MAC address in the overlay.
+fn mac(number: &str) -> String {
+    format!("02:42:0a:63:01:0{number}")
+}
+
+/// Gives a backend a stock vxlan device with an address of each family, and an echo server there.
 pub fn join(lab: &Lab, backend: &str, vteps: &str) -> Background {
     let number = &backend[1..];
-    let (local, address) = (format!("{vteps}{number}"), format!("10.99.1.{number}"));
-    let mac = format!("02:42:0a:63:01:0{number}");
+    let local = format!("{vteps}{number}");
+    let [address, wide] = [NODE, VIP6].map(|vip| format!("{}{number}", mesh_prefix(vip)));
     let words = format!(
-        "ip link add vx200 address {mac} type vxlan id 200 local {local} dstport 4789 dev eth0"
+        "ip link add vx200 address {} type vxlan id 200 local {local} dstport 4789 dev eth0",
+        mac(number)
     );
     lab.succeed(backend, &words.split(' ').collect::<Vec<_>>());
     lab.succeed(backend, &["ip", "address", "add", &format!("{address}/24"), "dev", "vx200"]);
+    // Without asking first whether it is anybody's: there is nobody to ask.
+    let wide_net = format!("{wide}/64");
+    lab.succeed(backend, &["ip", "address", "add", &wide_net, "dev", "vx200", "nodad"]);
     lab.succeed(backend, &["ip", "link", "set", "vx200", "up"]);
     let ready = lab.file(&format!("{backend}-mesh.ready"));
     let ready_path = ready.to_str().unwrap();
     let echo = [PEER, "echo", "--name", backend, "--port", "5353", "--ready", ready_path];
-    let echo = lab.start(backend, &[&echo[..], &["--bind", &address]].concat());
+    let echo = lab.start(backend, &[&echo[..], &["--bind", &address, "--bind", &wide]].concat());
     wait_until("the echo server listens", 10, || ready.exists());
     echo
 }
@@ -124,6 +145,7 @@ fn every_address_of_the_node_and_a_vip_lead_to_other_ports_of_stock_devices() {
             assert!(answer.intact && answer.client == MESH, "{answer:?}");
         }
     }
+    assert_eq!(get(lab, VIP6).client, MESH6);
     // Untranslated, beside it.
     assert_eq!(get(lab, VIP4).client, VIP4.client);
     // An address that comes later counts as well.
@@ -141,7 +163,7 @@ fn ten_megabytes_are_translated_intact_both_ways_through_a_narrow_tunnel() {
         let narrow = ["--underlay-mtu", "1500", "--client-mtu", client_mtu];
         let mesh = Mesh::up(&[&ONE_ARMED[..], &narrow].concat(), &["b1", "b2"]);
         let _daemon = Daemon::start(&mesh.lab, "n1");
-        for vip in [VIP, NODE] {
+        for vip in [VIP, NODE, VIP6] {
             exchange_ten_megabytes(&mesh.lab, vip, &["b1", "b2"]);
         }
     }
@@ -151,8 +173,8 @@ fn ten_megabytes_are_translated_intact_both_ways_through_a_narrow_tunnel() {
 fn an_ipv6_underlay_carries_what_is_translated() {
     let mesh = Mesh::up(&[&ONE_ARMED[..], &["--underlay", "6"]].concat(), &["b1", "b2"]);
     let _daemon = Daemon::start(&mesh.lab, "n1");
-    for vip in [VIP, NODE] {
-        assert_eq!(get(&mesh.lab, vip).client, MESH);
+    for vip in [VIP, NODE, VIP6] {
+        assert_eq!(get(&mesh.lab, vip).client, vip.client);
         assert_eq!(send_datagrams(&mesh.lab, vip, 20, 512).lost, 0);
         exchange_ten_megabytes(&mesh.lab, vip, &["b1", "b2"]);
     }
@@ -286,8 +308,7 @@ fn a_mesh_address_that_is_taken_out_keeps_its_connections_and_gets_no_new_ones()
     let _daemon = Daemon::start(&mesh.lab, "n1");
     let holding = start_holding(&mesh.lab, NODE, 10, 10);
     let other = "10.99.1.251";
-    let addresses = |address| format!("addresses = [\"{address}\"]");
-    mesh.lab.write_config("n1", "n1.toml", &addresses(MESH), &addresses(other));
+    mesh.lab.write_config("n1", "n1.toml", MESH, other);
     wait_until("new connections come from the other address", 5, || {
         get(&mesh.lab, NODE).client == other
     });
