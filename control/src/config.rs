@@ -36,7 +36,7 @@ pub use self::{
     spec::{BackendSpec, Remark, Scheduler, ServiceSpec},
 };
 use crate::{
-    desired::{Desired, Vip},
+    desired::{Desired, Family, Vip},
     pem::PemFile,
 };
 
@@ -561,10 +561,10 @@ impl Limits {
     /// The first limit exceeded.
     pub fn admit(&self, desired: &Desired, addresses: &[IpAddr]) -> Result<(), Exceeded> {
         let services = desired.services.iter();
-        let own = addresses.iter().filter(|address| address.is_ipv4()).count();
+        let own = |family| addresses.iter().filter(|own| Family::of(**own) == family).count();
         let vips = services.clone().map(|service| match service.vip {
             Vip::Address(_) => service.ports.len(),
-            Vip::Node => service.ports.len() * own,
+            Vip::Node(family) => service.ports.len() * own(family),
         });
         let vips = vips.sum();
         let backends = services.map(|service| service.backends.len()).sum();

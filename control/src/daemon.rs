@@ -50,7 +50,10 @@ use crate::{
     health::{Checks, Home, Verdict, Verdicts},
     link::{self, LinkError},
     liveness::{self, Liveness, Standings},
-    local::{FAR_ADDRESS, Limits, LocalClients, LocalLink, LocalLinkError, NODE_ADDRESS, Refused},
+    local::{
+        FAR_ADDRESS, FAR_ADDRESS6, Limits, LocalClients, LocalLink, LocalLinkError, NODE_ADDRESS,
+        PublishedHere, Refused,
+    },
     mesh::Teacher,
     next_hop::{HopState, Hops, NextHopError, NextHops},
     plan::{
@@ -772,9 +775,14 @@ impl Daemon {
     /// Serves clients on this node, on the ports that are published on its addresses.
     fn serve_local(&self) {
         let Some(clients) = &self.local_clients else { return };
-        let here = self.placed.services.iter().filter(|service| service.vip == Vip::Node);
-        let ports = here.flat_map(|service| service.ports.iter().map(|port| port.published));
-        clients.want(ports.collect());
+        let mut here = PublishedHere::new();
+        for service in &self.placed.services {
+            let Vip::Node(family) = service.vip else { continue };
+            for port in &service.ports {
+                here.entry(port.published).or_default().insert(family);
+            }
+        }
+        clients.want(here);
     }
 
     /// Before anything is taken away, what depends on it is announced no more.
@@ -900,9 +908,9 @@ fn client_limits(config: &Config) -> Limits {
 
 /// This node's addresses: also those of the local link, at whose far end workers are the node.
 async fn own_addresses(local_link: Option<&LocalLink>) -> Result<Vec<IpAddr>, LinkError> {
-    let far = local_link.map(LocalLink::interface).into_iter().flat_map(|far| far.addresses);
-    let near = local_link.map(|_| NODE_ADDRESS.into());
-    Ok(link::own_addresses().await?.into_iter().chain(far).chain(near).collect())
+    let ends = [FAR_ADDRESS.into(), FAR_ADDRESS6.into(), NODE_ADDRESS.into()];
+    let ends = ends.into_iter().filter(|_| local_link.is_some());
+    Ok(link::own_addresses().await?.into_iter().chain(ends).collect())
 }
 
 /// What the workers have ports on, in their order.

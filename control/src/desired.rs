@@ -149,8 +149,8 @@ pub enum Mode {
 pub enum Vip {
     /// An address of the service's own.
     Address(IpAddr),
-    /// Every IPv4 address that this node has, whichever these are.
-    Node,
+    /// Every address of a family that this node has, whichever these are.
+    Node(Family),
 }
 
 impl Vip {
@@ -158,13 +158,16 @@ impl Vip {
     pub fn address(self) -> Option<IpAddr> {
         match self {
             Self::Address(address) => Some(address),
-            Self::Node => None,
+            Self::Node(_) => None,
         }
     }
 
     /// What its clients speak.
     pub fn family(self) -> Family {
-        self.address().map_or(Family::V4, Family::of)
+        match self {
+            Self::Address(address) => Family::of(address),
+            Self::Node(family) => family,
+        }
     }
 
     /// Whether that is IPv6.
@@ -190,7 +193,8 @@ impl fmt::Display for Vip {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Address(address) => write!(f, "{address}"),
-            Self::Node => f.write_str("node"),
+            Self::Node(Family::V4) => f.write_str("node"),
+            Self::Node(Family::V6) => f.write_str("node6"),
         }
     }
 }

@@ -13,11 +13,11 @@ use std::{cell::Cell, time::Duration};
 use tokio::time::{self, Instant};
 
 pub use self::{
-    clients::{Limits, LocalClients, Refused},
+    clients::{Limits, LocalClients, PublishedHere, Refused},
     namespace::Namespace,
     pair::{
-        FAR_ADDRESS, FAR_INTERFACE, LocalLink, LocalLinkError, NODE_ADDRESS, NODE_INTERFACE,
-        NODE_MAC,
+        FAR_ADDRESS, FAR_ADDRESS6, FAR_INTERFACE, LocalLink, LocalLinkError, NODE_ADDRESS,
+        NODE_INTERFACE, NODE_MAC,
     },
 };
 

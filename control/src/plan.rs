@@ -781,8 +781,8 @@ fn named(inputs: &Inputs<'_>) -> HashSet<Vip> {
 fn vips(inputs: &Inputs<'_>, named: &HashSet<Vip>, service: &Service) -> Vec<(Vip, u16)> {
     match service.vip {
         desired::Vip::Address(address) => at(service, address).collect(),
-        desired::Vip::Node => {
-            let own = inputs.addresses.iter().filter(|address| address.is_ipv4());
+        desired::Vip::Node(family) => {
+            let own = inputs.addresses.iter().filter(|own| Family::of(**own) == family);
             let all = own.flat_map(|address| at(service, *address));
             all.filter(|(vip, _)| !named.contains(vip)).collect()
         }

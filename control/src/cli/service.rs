@@ -82,7 +82,8 @@ pub struct Create {
     /// Its name: letters, digits, dashes, underscores and dots
     #[arg(long)]
     name: String,
-    /// Its address, IPv4 or IPv6; or `node`, in mode nat, for every IPv4 address of the node
+    /// Its address, IPv4 or IPv6; or, in mode nat, `node` for every IPv4 address of the node, and `node6` for
+    /// every IPv6 one
     #[arg(long)]
     vip: String,
     /// A port to publish: published=80,target=8080,protocol=tcp, or 80:8080/tcp, or 8000-8010/udp

@@ -71,7 +71,12 @@ fn addresses(written: &Spanned<Vec<Spanned<String>>>, report: &mut Report) -> Ve
         report.error(written.span(), "the overlay has no addresses", remedy);
     }
     for (index, address) in list.iter().enumerate() {
-        let first = list[..index].iter().find(|first| first.get_ref() == address.get_ref());
+        // An IPv6 address can be written in many ways.
+        let same = |first: &&Spanned<String>| {
+            let [first, second] = [first, address].map(|text| text.get_ref().parse::<IpAddr>());
+            first.is_ok() && first == second
+        };
+        let first = list[..index].iter().find(same);
         if let Some(first) = first {
             let message = format!("{} is given twice", address.get_ref());
             report.conflict(address.span(), message, "leave it out here", first.span());

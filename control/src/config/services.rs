@@ -110,7 +110,7 @@ fn service(
         .map(|key| ports(key, report));
     let mode = keys.mode.as_ref().map(|key| *key.get_ref()).unwrap_or_default();
     match mode {
-        Mode::Dsr => only_nat_can(keys, ports.as_deref().unwrap_or(&[]), report),
+        Mode::Dsr => only_nat_can(keys, vip, ports.as_deref().unwrap_or(&[]), report),
         Mode::Nat => no_nat_can(keys, ports.as_deref().unwrap_or(&[]), report),
     }
 
@@ -147,18 +147,24 @@ fn service(
     })
 }
 
-/// The word `node`, or an address.
+/// One of the words `node` and `node6`, or an address.
 fn vip(written: &Spanned<String>, report: &mut Report) -> Option<Vip> {
     match written.get_ref().as_str() {
-        "node" => Some(Vip::Node),
+        "node" => Some(Vip::Node(Family::V4)),
+        "node6" => Some(Vip::Node(Family::V6)),
         _ => settings::address("vip", written, report).map(Vip::Address),
     }
 }
 
 /// In DSR the packet arrives as the client sent it, and the backend answers it by itself.
-fn only_nat_can(service: &file::Service, ports: &[(PortMapping, Span)], report: &mut Report) {
-    if let Some(key) = service.vip.as_ref().filter(|key| key.get_ref() == "node") {
-        let message = "`vip` is `node`, and the mode is `dsr`";
+fn only_nat_can(
+    service: &file::Service,
+    vip: Option<Vip>,
+    ports: &[(PortMapping, Span)],
+    report: &mut Report,
+) {
+    if let (Some(key), Some(vip @ Vip::Node(_))) = (&service.vip, vip) {
+        let message = format!("`vip` is `{vip}`, and the mode is `dsr`");
         report.error(key.span(), message, "an address, or `mode = \"nat\"`");
     }
     let translated = |(port, _): &&(PortMapping, Span)| port.target != port.published.port;
@@ -305,7 +311,7 @@ fn claim(
         } else {
             let message = match vip {
                 Vip::Address(vip) => format!("{port} of {vip} is published by two services"),
-                Vip::Node => format!("{port} of this node is published by two services"),
+                Vip::Node(_) => format!("{port} of this node is published by two services"),
             };
             let owner = &published.owners[owner];
             (message, format!("another port or VIP, for `{owner}` has this one"))
@@ -455,7 +461,7 @@ fn address_of_backend(
         && vip.family() != Family::of(address)
     {
         let (family, theirs) = (vip.family(), Family::of(address));
-        let message = format!("`address` is {address}, and `vip` is {vip}: {family} clients");
+        let message = format!("`address` is {address}, and clients of `{vip}` speak {family}");
         let remedy = format!(
             "the server's {family} address, or another service for its {theirs} one: `nat` keeps the family"
         );

@@ -37,7 +37,8 @@ pub struct ServiceSpec {
         pattern = "^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
     )]
     pub name: Option<String>,
-    /// The virtual address, IPv4 or IPv6; or `node`, in mode `nat`: every IPv4 address of the node.
+    /// The virtual address, IPv4 or IPv6; or, in mode `nat`, `node` for every IPv4 address of the node, and
+    /// `node6` for every IPv6 address.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(required = true, schema_with = vip)]
     pub vip: Option<String>,
@@ -138,7 +139,7 @@ pub struct BackendSpec {
     #[schema(minimum = 1, maximum = 65535, example = json!(null))]
     pub target_port: Option<i64>,
     /// The server's own address: where it is checked, and required for all checks but `tunnel`. In mode `nat`
-    /// always required: its address in the overlay, which packets are translated to.
+    /// always required: its address in the overlay, which packets are translated to, IPv6 if the VIP is.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(schema_with = address)]
     pub address: Option<String>,
@@ -160,7 +161,7 @@ fn families(v4: &str, v6: &str) -> OneOf {
 
 /// What a service can be published on, in the document.
 fn vip() -> Schema {
-    let node = ObjectBuilder::new().schema_type(Type::String).enum_values(Some(["node"]));
+    let node = ObjectBuilder::new().schema_type(Type::String).enum_values(Some(["node", "node6"]));
     OneOfBuilder::from(families("203.0.113.20", "2001:db8:113::20")).item(node).into()
 }
 

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use super::*;
 use crate::desired::{
-    Backend, Mode, Owner, PortMapping, Protocol, Scheduler, Service, ServicePort, Vip, Vni,
+    Backend, Family, Mode, Owner, PortMapping, Protocol, Scheduler, Service, ServicePort, Vip, Vni,
 };
 
 const EXAMPLE: &str = include_str!("../../../config/example.toml");
@@ -657,7 +657,7 @@ fn a_nat_service_says_where_packets_are_translated_to() {
     assert_eq!(overlay.mac.to_string(), "02:42:0a:63:01:fa");
     assert_eq!((overlay.vni.get(), overlay.port, overlay.mtu), (100, 4789, None));
     let service = &desired.services[0];
-    assert_eq!((service.mode, service.vip), (Mode::Nat, Vip::Node));
+    assert_eq!((service.mode, service.vip), (Mode::Nat, Vip::Node(Family::V4)));
     let port =
         |port, target, protocol| PortMapping { published: ServicePort { port, protocol }, target };
     assert_eq!(
@@ -694,6 +694,8 @@ fn a_nat_service_of_an_ipv6_vip_is_translated_to_ipv6_addresses() {
             "address = \"10.99.1.2\"",
             "address = \"fd00:99::2\"\nmac = \"02:00:00:00:00:02\"",
         );
+    let node = config(&text.replace("2001:db8::1", "node6")).desired;
+    assert_eq!(node.services[0].vip, Vip::Node(Family::V6));
     let desired = config(&text).desired;
     let overlay = &desired.overlays[0];
     assert_eq!(overlay.mac.to_string(), "02:42:0a:63:01:fa", "one for both families");
@@ -716,6 +718,11 @@ fn a_nat_service_that_cannot_be_is_refused_with_what_would_be_right() {
             "mode = \"nat\"\nallow = [\"198.51.100.0/24\", \"192.0.2.7\"]\n",
             "",
             "7:7: `vip` is `node`, and the mode is `dsr`: an address, or `mode = \"nat\"`",
+        ),
+        (
+            "vip = \"node\"\nports = [\"80:8081/tcp\", \"8000-8001:9000-9001/udp\", \"53/udp\"]\nmode = \"nat\"\n",
+            "vip = \"node6\"\nports = [\"53/udp\"]\n",
+            "7:7: `vip` is `node6`, and the mode is `dsr`: an address, or `mode = \"nat\"`",
         ),
         (
             "mode = \"nat\"",
@@ -768,13 +775,13 @@ fn a_nat_service_that_cannot_be_is_refused_with_what_would_be_right() {
         (
             "address = \"10.99.1.2\"",
             "address = \"2001:db8::2\"\nmac = \"02:00:00:00:00:02\"",
-            "16:11: `address` is 2001:db8::2, and `vip` is node: IPv4 clients: the server's IPv4 address, \
+            "16:11: `address` is 2001:db8::2, and clients of `node` speak IPv4: the server's IPv4 address, \
              or another service for its IPv6 one: `nat` keeps the family",
         ),
         (
             "vip = \"node\"",
             "vip = \"2001:db8::1\"",
-            "16:11: `address` is 10.99.1.2, and `vip` is 2001:db8::1: IPv6 clients: the server's IPv6 \
+            "16:11: `address` is 10.99.1.2, and clients of `2001:db8::1` speak IPv6: the server's IPv6 \
              address, or another service for its IPv4 one: `nat` keeps the family",
         ),
         (
@@ -834,6 +841,11 @@ fn a_nat_service_that_cannot_be_is_refused_with_what_would_be_right() {
             "addresses = [\"10.99.1.250\", \"10.99.1.251\"]",
             "addresses = [\"10.99.1.250\", \"10.99.1.250\"]",
             "3:29: 10.99.1.250 is given twice: leave it out here",
+        ),
+        (
+            "addresses = [\"10.99.1.250\", \"10.99.1.251\"]",
+            "addresses = [\"10.99.1.250\", \"fd00:99::1\", \"fd00:99:0::1\"]",
+            "3:43: fd00:99:0::1 is given twice: leave it out here",
         ),
         (
             "addresses = [\"10.99.1.250\", \"10.99.1.251\"]",

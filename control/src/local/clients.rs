@@ -24,9 +24,9 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use super::{FAR_ADDRESS, NODE_INTERFACE, datagrams, streams};
+use super::{FAR_ADDRESS, FAR_ADDRESS6, NODE_INTERFACE, datagrams, streams};
 use crate::{
-    desired::{Protocol, ServicePort},
+    desired::{Family, Protocol, ServicePort},
     filter::{JUMP_IF_EQUAL, LOAD_WORD, RETURN},
     watching,
 };
@@ -47,6 +47,9 @@ pub struct Limits {
     pub udp_idle: Duration,
 }
 
+/// The ports that are published on this node's addresses, and of which families these are.
+pub type PublishedHere = BTreeMap<ServicePort, BTreeSet<Family>>;
+
 /// Ports that this node's own clients can't use, and why.
 pub type Refused = Arc<BTreeMap<ServicePort, String>>;
 
@@ -54,7 +57,7 @@ pub type Refused = Arc<BTreeMap<ServicePort, String>>;
 #[derive(Debug)]
 pub struct LocalClients {
     /// `None` while dropped.
-    wanted: Option<watch::Sender<BTreeSet<ServicePort>>>,
+    wanted: Option<watch::Sender<PublishedHere>>,
     refused: watch::Receiver<Refused>,
     thread: Option<thread::JoinHandle<()>>,
 }
@@ -65,7 +68,7 @@ impl LocalClients {
     /// # Errors
     /// If there is no thread, or no runtime for it.
     pub fn start(limits: Limits) -> io::Result<Self> {
-        let (wanted, wanted_there) = watch::channel(BTreeSet::new());
+        let (wanted, wanted_there) = watch::channel(PublishedHere::new());
         let (refused_there, refused) = watch::channel(Refused::default());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let thread = thread::Builder::new().name("local-clients".to_owned()).spawn(move || {
@@ -76,7 +79,7 @@ impl LocalClients {
     }
 
     /// Serves these ports from now on, and no others. Connections that are there stay.
-    pub fn want(&self, ports: BTreeSet<ServicePort>) {
+    pub fn want(&self, ports: PublishedHere) {
         let Some(wanted) = &self.wanted else { return };
         watching::tell(wanted, ports);
     }
@@ -107,8 +110,11 @@ pub struct Relay {
 
 impl Relay {
     /// Where the workers take this port's packets.
-    pub fn workers(port: u16) -> SocketAddr {
-        (FAR_ADDRESS, port).into()
+    fn workers(port: u16, family: Family) -> SocketAddr {
+        match family {
+            Family::V4 => (FAR_ADDRESS, port).into(),
+            Family::V6 => (FAR_ADDRESS6, port).into(),
+        }
     }
 
     /// What they are reached by, whatever the routes say.
@@ -128,23 +134,23 @@ impl Drop for Door {
 
 /// Opens and closes until nobody can want anything any more.
 async fn keep(
-    mut wanted: watch::Receiver<BTreeSet<ServicePort>>,
+    mut wanted: watch::Receiver<PublishedHere>,
     refused: watch::Sender<Refused>,
     relay: Rc<Relay>,
 ) {
-    let mut open: BTreeMap<ServicePort, Door> = BTreeMap::new();
+    let mut open: BTreeMap<ServicePort, (BTreeSet<Family>, Door)> = BTreeMap::new();
     loop {
         let ports = wanted.borrow_and_update().clone();
-        open.retain(|port, _| ports.contains(port));
+        open.retain(|port, (families, _)| ports.get(port) == Some(&*families));
         // What was just closed is closed before anything is opened.
         task::yield_now().await;
         let mut failed = BTreeMap::new();
-        for port in ports {
+        for (port, families) in ports {
             if open.contains_key(&port) {
                 continue;
             }
-            match door(port, &relay) {
-                Ok(door) => drop(open.insert(port, door)),
+            match door(port, &families, &relay) {
+                Ok(door) => drop(open.insert(port, (families, door))),
                 Err(error) => drop(failed.insert(port, sentence(port, &error))),
             }
         }
@@ -179,21 +185,32 @@ fn sentence(port: ServicePort, error: &io::Error) -> String {
     format!("clients on this node don't reach {port}, others do: {why}")
 }
 
-/// Opens a port on all of this node's addresses.
-fn door(ServicePort { port, protocol }: ServicePort, relay: &Rc<Relay>) -> io::Result<Door> {
+/// Opens a port on this node's addresses: of the families that it is published on, and with IPv4 of IPv6 too, for
+/// that is where `localhost` leads first.
+fn door(
+    ServicePort { port, protocol }: ServicePort,
+    families: &BTreeSet<Family>,
+    relay: &Rc<Relay>,
+) -> io::Result<Door> {
     let mut door = Door(Vec::new());
-    let any: [IpAddr; 2] = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
-    for address in any {
-        let address = SocketAddr::from((address, port));
+    for from in Family::ALL {
+        let (any, to): (IpAddr, _) = match from {
+            Family::V4 => (Ipv4Addr::UNSPECIFIED.into(), Family::V4),
+            Family::V6 => (Ipv6Addr::UNSPECIFIED.into(), *families.last().unwrap_or(&from)),
+        };
+        if !families.contains(&to) {
+            continue;
+        }
+        let (address, workers) = (SocketAddr::from((any, port)), Relay::workers(port, to));
         let tasks = match protocol {
             Protocol::Tcp => bound(address, Type::STREAM).and_then(|socket| {
                 socket.listen(BACKLOG)?;
                 let listener = TcpListener::from_std(socket.into())?;
-                Ok(task::spawn_local(streams::accept(listener, port, relay.clone())))
+                Ok(task::spawn_local(streams::accept(listener, workers, relay.clone())))
             }),
             Protocol::Udp => bound(address, Type::DGRAM).and_then(|socket| {
                 let socket = Rc::new(UdpSocket::from_std(socket.into())?);
-                Ok(task::spawn_local(datagrams::relay(socket, port, relay.clone())))
+                Ok(task::spawn_local(datagrams::relay(socket, workers, relay.clone())))
             }),
             // Workers translate none.
             Protocol::Sctp => return Ok(door),
@@ -280,7 +297,7 @@ mod tests {
         let ports = [Protocol::Tcp, Protocol::Udp].map(|protocol| ServicePort { port, protocol });
         let clients = LocalClients::start(LIMITS).unwrap();
         let mut refused = clients.refused();
-        clients.want(ports.into());
+        clients.want(ports.map(|port| (port, [Family::V4].into())).into());
         let why = until(&mut refused, 2).await;
         let sentence = format!(
             "clients on this node don't reach {port}/tcp, others do: another program uses it: stop \
@@ -299,7 +316,7 @@ mod tests {
         let read = client.read(&mut [0]);
         assert_eq!(read.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
 
-        clients.want(BTreeSet::new());
+        clients.want(PublishedHere::new());
         let free = || UdpSocket::bind(("0.0.0.0", port)).is_ok();
         time::timeout(RETRY, async {
             while !free() {

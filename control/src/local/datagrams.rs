@@ -5,7 +5,7 @@ use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
     io,
-    net::{Ipv4Addr, SocketAddr},
+    net::SocketAddr,
     rc::Rc,
     time::Duration,
 };
@@ -36,7 +36,7 @@ type Clients = Rc<RefCell<HashMap<SocketAddr, Rc<Client>>>>;
 
 /// Hands datagrams on, for as many clients as there are places for; those of others are lost. Aborted, it
 /// forgets all clients.
-pub async fn relay(door: Rc<UdpSocket>, port: u16, relay: Rc<Relay>) {
+pub async fn relay(door: Rc<UdpSocket>, workers: SocketAddr, relay: Rc<Relay>) {
     let clients = Clients::default();
     let mut answers = JoinSet::new();
     let mut buffer = vec![0; LARGEST];
@@ -51,9 +51,9 @@ pub async fn relay(door: Rc<UdpSocket>, port: u16, relay: Rc<Relay>) {
             Some(client) => client,
             None => {
                 let Ok(place) = relay.places.clone().try_acquire_owned() else { continue };
-                let Ok(workers) = connect(Relay::workers(port)) else { continue };
+                let Ok(socket) = connect(workers) else { continue };
                 let moved = Cell::new(Instant::now());
-                let client = Rc::new(Client { workers, moved, _place: place });
+                let client = Rc::new(Client { workers: socket, moved, _place: place });
                 clients.borrow_mut().insert(from, client.clone());
                 let idle = relay.limits.udp_idle;
                 let (door, clients, client_there) = (door.clone(), clients.clone(), client.clone());
@@ -100,10 +100,9 @@ async fn answer(door: &UdpSocket, to: SocketAddr, client: &Client) {
 }
 
 fn connect(workers: SocketAddr) -> io::Result<UdpSocket> {
-    let socket = Socket::new(Domain::IPV4, Type::DGRAM, None)?;
+    let socket = Socket::new(Domain::for_address(workers), Type::DGRAM, None)?;
     socket.bind_device(Some(Relay::device()))?;
     socket.set_nonblocking(true)?;
-    socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)).into())?;
     socket.connect(&workers.into())?;
     UdpSocket::from_std(socket.into())
 }

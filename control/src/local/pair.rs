@@ -3,7 +3,7 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::AsRawFd,
     thread,
     time::Duration,
@@ -14,7 +14,10 @@ use futures_util::TryStreamExt;
 use nix::errno::Errno;
 use rtnetlink::{
     Handle, LinkMessageBuilder, LinkUnspec, LinkVeth,
-    packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkMessage, LinkXdp, XdpAttached},
+    packet_route::{
+        address::AddressHeaderFlags,
+        link::{InfoData, InfoVeth, LinkAttribute, LinkMessage, LinkXdp, XdpAttached},
+    },
 };
 use tokio::time::{self, Instant};
 use tracing::{error, info, warn};
@@ -31,6 +34,13 @@ pub const NODE_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 77, 1);
 /// The workers' address on it.
 pub const FAR_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 77, 2);
 const PREFIX_LEN: u8 = 30;
+/// The same in IPv6, link-local too.
+const NODE_ADDRESS6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0xa9fe, 0x4d01);
+/// The workers'.
+pub const FAR_ADDRESS6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0xa9fe, 0x4d02);
+/// Longer than that of the address which the kernel gives the interface by itself: who speaks to the far one
+/// does it from ours (RFC 6724 section 5, rule 8).
+const PREFIX_LEN6: u8 = 126;
 /// Locally administered, and the same on every node: they never leave it.
 pub const NODE_MAC: MacAddr = MacAddr([0x02, 0x77, 0x6d, 0x4d, 0, 1]);
 /// The workers'.
@@ -133,6 +143,9 @@ impl LocalLink {
         // Nobody answers ARP there.
         let far = handle.neighbours().add(index, IpAddr::V4(FAR_ADDRESS));
         far.link_layer_address(&FAR_MAC.0).execute().await?;
+        if let Err(error) = address6(handle, index).await {
+            info!("{NODE_INTERFACE} gets no IPv6 address, as where the kernel has none: {error}");
+        }
         Ok(())
     }
 
@@ -200,6 +213,15 @@ impl Drop for LocalLink {
             warn!("{NODE_INTERFACE} stays: {}", causes::line(&error));
         }
     }
+}
+
+/// Has the near end reach the far one over IPv6 at once: there is nobody to ask whether the address is free.
+async fn address6(handle: &Handle, index: u32) -> Result<(), rtnetlink::Error> {
+    let mut near = handle.address().add(index, IpAddr::V6(NODE_ADDRESS6), PREFIX_LEN6);
+    near.message_mut().header.flags = AddressHeaderFlags::Nodad;
+    near.execute().await?;
+    let far = handle.neighbours().add(index, IpAddr::V6(FAR_ADDRESS6));
+    far.link_layer_address(&FAR_MAC.0).execute().await
 }
 
 /// Does something on a runtime of its own: this thread may be in another namespace, or have none.

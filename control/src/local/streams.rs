@@ -20,14 +20,14 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const BUFFER: usize = 16 * 1024;
 
 /// Takes connections, as long as there are places. Aborted, it leaves those that are there alone.
-pub async fn accept(listener: TcpListener, port: u16, relay: Rc<Relay>) {
+pub async fn accept(listener: TcpListener, workers: SocketAddr, relay: Rc<Relay>) {
     loop {
         let place = relay.places.clone().acquire_owned().await.expect("it is never closed");
         match listener.accept().await {
             Ok((client, _)) => {
                 let idle = relay.limits.tcp_idle;
                 drop(task::spawn_local(async move {
-                    serve(client, Relay::workers(port), idle).await;
+                    serve(client, workers, idle).await;
                     drop(place);
                 }));
             }
@@ -45,7 +45,10 @@ async fn serve(client: TcpStream, workers: SocketAddr, idle: Duration) {
 }
 
 async fn connect(workers: SocketAddr) -> io::Result<TcpStream> {
-    let socket = TcpSocket::new_v4()?;
+    let socket = match workers {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
     socket.bind_device(Some(Relay::device()))?;
     socket.connect(workers).await
 }

@@ -880,6 +880,9 @@ fn a_connection_is_given_a_mesh_address_of_its_own_family() {
     assert_eq!(plan.forwarding.mesh_at(100, wide_mesh).map(|(_, bank)| bank), Some(1));
     let key = steer::Key::Mesh { vni: 100, address: wide_mesh };
     assert_eq!(plan.steer[&key], steer::ANSWER_ARP | steer::taken(1));
+    let on_node = nat_world(&both.replace("2001:db8::1", "node6")).plan();
+    let at = |address: &str| on_node.forwarding.service_at(wide(address), 6, 80);
+    assert_eq!((at("fd00::1"), at("10.0.0.1")), (Some(2), Some(0)), "each on addresses of its own");
     // What goes in the tunnel says what it is.
     let frame = encapsulated(&plan, 2);
     assert_eq!(frame[14 + 20 + 8 + 8 + 12..][..2], [0x86, 0xdd]);

@@ -46,11 +46,12 @@ fn local_ports(daemon: &Daemon) -> usize {
 /// A web server on the node, with the lab's large file.
 fn serve_big(lab: &Lab, address: &str) -> Background {
     let directory = lab.file("n1.served");
-    fs::create_dir(&directory).unwrap();
+    fs::create_dir_all(&directory).unwrap();
     fs::copy(lab.file("big"), directory.join("big")).unwrap();
     let server = ["python3", "-m", "http.server", "80", "--bind", address, "--directory"];
     let server = lab.start("n1", &[&server[..], &[directory.to_str().unwrap()]].concat());
-    let url = format!("http://{address}");
+    let host = if address.contains(':') { format!("[{address}]") } else { address.to_owned() };
+    let url = format!("http://{host}");
     wait_until("the web server listens", 10, || {
         lab.run("n1", &["curl", "-sf", "-o", "/dev/null", &url]).status.success()
     });
@@ -154,6 +155,7 @@ fn a_backend_on_this_very_node_is_served_by_its_own_vxlan_device() {
 
 /// What tasks take for their client.
 const MESH: &str = "10.99.1.250";
+const MESH6: &str = "fd00:99::250";
 const ON_B1: &str = "name = \"b1\"\nvtep = \"10.77.0.101\"\naddress = \"10.99.1.1\"\n";
 const ON_N1: &str = "name = \"here\"\nvtep = \"10.77.0.11\"\naddress = \"10.99.1.9\"\n";
 
@@ -165,6 +167,18 @@ fn publish(lab: &Lab, backend: &str) {
         "{settings}\n[[overlay]]\nvni = 200\naddresses = [\"{MESH}\"]\n\
          [[service]]\nname = \"shop\"\nvip = \"node\"\nmode = \"nat\"\nvni = 200\n\
          ports = [\"8080:80/tcp\", \"5353/udp\", \"8009:9/tcp\"]\n[[service.backend]]\n{backend}"
+    );
+    fs::write(config, text).unwrap();
+}
+
+/// The same over IPv6, beside it.
+fn publish_ipv6(lab: &Lab, backend: &str) {
+    let both = format!("\"{MESH}\", \"{MESH6}\"");
+    let config = lab.write_config("n1", "n1.toml", &format!("\"{MESH}\""), &both);
+    let settings = fs::read_to_string(&config).unwrap();
+    let text = format!(
+        "{settings}\n[[service]]\nname = \"shop6\"\nvip = \"node6\"\nmode = \"nat\"\nvni = 200\n\
+         ports = [\"8086:80/tcp\", \"5353/udp\"]\n[[service.backend]]\n{backend}"
     );
     fs::write(config, text).unwrap();
 }
@@ -230,6 +244,35 @@ fn clients_on_the_node_itself_reach_its_ports_by_localhost_and_by_its_address() 
 }
 
 #[test]
+fn clients_on_the_node_itself_reach_what_is_published_on_its_ipv6_addresses() {
+    let (lab, _echo) = publishing_lab();
+    publish_ipv6(
+        &lab,
+        "name = \"b1\"\nvtep = \"10.77.0.101\"\naddress = \"fd00:99::1\"\nmac = \"02:42:0a:63:01:01\"\n",
+    );
+    // What workers take them for.
+    let allowed = "mode = \"nat\"\nallow = [\"169.254.77.1\", \"fe80::a9fe:4d01\"]\n";
+    lab.write_config("n1", "n1.toml", "mode = \"nat\"\n", allowed);
+    let _daemon = Daemon::start(&lab, "n1");
+    let get = |url: &str| lab.run("n1", &["curl", "-sSf", "--max-time", "5", url]);
+    for address in ["localhost", "[::1]", "[2001:db8:77::11]"] {
+        let url = format!("http://{address}:8086");
+        wait_until(&format!("{url} answers"), 10, || {
+            let answer = String::from_utf8(get(&url).stdout).unwrap();
+            answer.contains("backend=b1") && answer.contains(&format!("client={MESH6}"))
+        });
+        download(&lab, "n1", &url);
+    }
+    assert_eq!(get("http://127.0.0.1:8086").status.code(), Some(7), "it is not published there");
+    for (address, mesh) in [("127.0.0.1", MESH), ("::1", MESH6), ("2001:db8:77::11", MESH6)] {
+        let to = ["udp", "--to", address, "--port", "5353", "--count", "20", "--size", "512"];
+        let datagrams: Datagrams = parse(&lab.succeed("n1", &[&[PEER], &to[..]].concat()));
+        assert_eq!(datagrams.lost, 0, "{address}");
+        assert!(datagrams.answers.iter().all(|answer| answer.intact && answer.client == mesh));
+    }
+}
+
+#[test]
 fn clients_elsewhere_are_not_served_by_what_is_there_for_the_node_itself() {
     let (lab, _echo) = publishing_lab();
     let _daemon = Daemon::start(&lab, "n1");
@@ -274,14 +317,26 @@ fn tasks_on_this_very_node_serve_its_own_clients_and_others() {
     let lab = bare_lab_of(&["--nodes", "1", "--backends", "1"]);
     let device =
         "link add vx200 address 02:42:0a:63:01:09 type vxlan id 200 local 10.77.0.11 dstport 4789";
-    for command in [device, "address add 10.99.1.9/24 dev vx200", "link set vx200 up"] {
+    let [v4, v6] =
+        ["address add 10.99.1.9/24 dev vx200", "address add fd00:99::9/64 dev vx200 nodad"];
+    for command in [device, v4, v6, "link set vx200 up"] {
         let words: Vec<&str> = ["ip"].into_iter().chain(command.split(' ')).collect();
         lab.succeed("n1", &words);
     }
-    let _server = serve_big(&lab, "10.99.1.9");
+    let _servers = ["10.99.1.9", "fd00:99::9"].map(|address| serve_big(&lab, address));
     publish(&lab, ON_N1);
+    publish_ipv6(
+        &lab,
+        "name = \"here\"\nvtep = \"10.77.0.11\"\naddress = \"fd00:99::9\"\n\
+         mac = \"02:42:0a:63:01:09\"\n",
+    );
     let daemon = Daemon::start(&lab, "n1");
-    for (host, url) in [("client", "http://10.77.0.11:8080"), ("n1", "http://localhost:8080")] {
+    for (host, url) in [
+        ("client", "http://10.77.0.11:8080"),
+        ("n1", "http://localhost:8080"),
+        ("client", "http://[2001:db8:77::11]:8086"),
+        ("n1", "http://localhost:8086"),
+    ] {
         wait_until(&format!("{url} answers on {host}"), 10, || answers(&lab, host, url));
         download(&lab, host, url);
     }

@@ -25,6 +25,8 @@ const VIP6: Vip =
     Vip { address: "2001:db8:113::20", url: "http://[2001:db8:113::20]:8080", client: MESH6 };
 /// One of the node's.
 pub const NODE: Vip = Vip { address: "10.77.0.11", url: "http://10.77.0.11:8080", client: MESH };
+const NODE6: Vip =
+    Vip { address: "2001:db8:77::11", url: "http://[2001:db8:77::11]:8080", client: MESH6 };
 
 pub const ONE_ARMED: [&str; 4] = ["--nodes", "1", "--backends", "2"];
 
@@ -42,7 +44,7 @@ impl Mesh {
     pub fn up(options: &[&str], backends: &[&str]) -> Self {
         let lab = Lab::up(options);
         lab.succeed("router", &["ip", "route", "add", VIP.address, "via", NODE.address]);
-        lab.succeed("router", &["ip", "route", "add", VIP6.address, "via", "2001:db8:77::11"]);
+        lab.succeed("router", &["ip", "route", "add", VIP6.address, "via", NODE6.address]);
         let v6 = options.windows(2).any(|two| two == ["--underlay", "6"]);
         let vteps = if v6 { "2001:db8:77::10" } else { "10.77.0.10" };
         let echoes = backends.iter().map(|backend| join(&lab, backend, vteps)).collect();
@@ -78,10 +80,11 @@ impl Mesh {
         };
         let many = "\"8080:80/tcp\", \"5353/udp\", \"5301:5999/udp\", \"8000-8001:80-81/tcp\"";
         let text = format!(
-            "{}\n[[overlay]]\nvni = 200\naddresses = [\"{MESH}\", \"{MESH6}\"]\n{keys}\n{}{}{}",
+            "{}\n[[overlay]]\nvni = 200\naddresses = [\"{MESH}\", \"{MESH6}\"]\n{keys}\n{}{}{}{}",
             self.plain,
             service("shop", NODE, "node", many),
             service("shop-vip", VIP, VIP.address, "\"80/tcp\", \"5353/udp\""),
+            service("shop6", NODE6, "node6", many),
             service("shop-vip6", VIP6, VIP6.address, many),
         );
         let (path, new) = (self.lab.file("n1.toml"), self.lab.file("n1.toml.new"));
@@ -97,7 +100,11 @@ impl Mesh {
 
 /// What backends' addresses in the overlay begin with, of a VIP's family.
 fn mesh_prefix(vip: Vip) -> &'static str {
-    if vip.address.contains(':') { "fd00:99::" } else { "10.99.1." }
+    if is_wide(vip) { "fd00:99::" } else { "10.99.1." }
+}
+
+fn is_wide(vip: Vip) -> bool {
+    vip.address.contains(':')
 }
 
 /// A backend's MAC address in the overlay.
@@ -145,7 +152,13 @@ fn every_address_of_the_node_and_a_vip_lead_to_other_ports_of_stock_devices() {
             assert!(answer.intact && answer.client == MESH, "{answer:?}");
         }
     }
-    assert_eq!(get(lab, VIP6).client, MESH6);
+    let front6 = Vip { address: "2001:db8:76::11", url: "http://[2001:db8:76::11]:8080", ..NODE6 };
+    for vip in [front6, NODE6, VIP6] {
+        assert_eq!(get(lab, vip).client, MESH6, "{}", vip.url);
+        let datagrams = send_datagrams(lab, vip, 20, 512);
+        assert_eq!(datagrams.lost, 0, "{}", vip.address);
+        assert!(datagrams.answers.iter().all(|answer| answer.intact && answer.client == MESH6));
+    }
     // Untranslated, beside it.
     assert_eq!(get(lab, VIP4).client, VIP4.client);
     // An address that comes later counts as well.
@@ -163,7 +176,7 @@ fn ten_megabytes_are_translated_intact_both_ways_through_a_narrow_tunnel() {
         let narrow = ["--underlay-mtu", "1500", "--client-mtu", client_mtu];
         let mesh = Mesh::up(&[&ONE_ARMED[..], &narrow].concat(), &["b1", "b2"]);
         let _daemon = Daemon::start(&mesh.lab, "n1");
-        for vip in [VIP, NODE, VIP6] {
+        for vip in [VIP, NODE, VIP6, NODE6] {
             exchange_ten_megabytes(&mesh.lab, vip, &["b1", "b2"]);
         }
     }
@@ -173,7 +186,7 @@ fn ten_megabytes_are_translated_intact_both_ways_through_a_narrow_tunnel() {
 fn an_ipv6_underlay_carries_what_is_translated() {
     let mesh = Mesh::up(&[&ONE_ARMED[..], &["--underlay", "6"]].concat(), &["b1", "b2"]);
     let _daemon = Daemon::start(&mesh.lab, "n1");
-    for vip in [VIP, NODE, VIP6] {
+    for vip in [VIP, NODE, VIP6, NODE6] {
         assert_eq!(get(&mesh.lab, vip).client, vip.client);
         assert_eq!(send_datagrams(&mesh.lab, vip, 20, 512).lost, 0);
         exchange_ten_megabytes(&mesh.lab, vip, &["b1", "b2"]);
@@ -185,18 +198,21 @@ fn the_mss_is_lowered_to_what_the_overlay_carries_both_ways() {
     let mesh = Mesh::up(&ONE_ARMED, &["b1"]);
     mesh.serve_by(&["b1"], "mtu = 1300");
     let _daemon = Daemon::start(&mesh.lab, "n1");
-    for (host, filter) in [("b1", "udp port 4789"), ("client", "tcp port 8080")] {
-        let file = mesh.lab.file(&format!("{host}.pcap"));
+    let ends = [("b1", "udp port 4789"), ("client", "tcp port 8080")];
+    let of = |vip: Vip| ends.map(|(host, filter)| (vip, host, filter));
+    for (vip, host, filter) in [of(NODE), of(NODE6)].concat() {
+        let file = mesh.lab.file(&format!("{host}-{}.pcap", vip.address));
         let capture = start_capture(&mesh.lab, host, &file, filter);
-        get(&mesh.lab, NODE);
+        get(&mesh.lab, vip);
         // The kernel hands over what it has captured a block at a time.
         wait_until("it is captured", 10, || fs::metadata(&file).unwrap().len() > 1000);
         capture.stop();
         // Of the SYN in the tunnel, and of the SYN-ACK that the client gets.
-        let from = if host == "b1" { MESH } else { NODE.address };
-        let wanted = format!("tcp.flags.syn == 1 && ip.src == {from}");
+        let from = if host == "b1" { vip.client } else { vip.address };
+        let (ip, most) = if is_wide(vip) { ("ipv6", "1240") } else { ("ip", "1260") };
+        let wanted = format!("tcp.flags.syn == 1 && {ip}.src == {from}");
         let shown = tshark(&file, &["-Y", &wanted, "-T", "fields", "-e", "tcp.options.mss_val"]);
-        assert!(shown.lines().count() > 0 && shown.lines().all(|mss| mss == "1260"), "{shown}");
+        assert!(shown.lines().count() > 0 && shown.lines().all(|mss| mss == most), "{shown}");
     }
 }
 
@@ -205,18 +221,27 @@ fn a_datagram_that_must_not_be_cut_and_is_too_big_is_answered_and_not_swallowed(
     let mesh = Mesh::up(&ONE_ARMED, &["b1"]);
     mesh.serve_by(&["b1"], "mtu = 1300");
     let daemon = Daemon::start(&mesh.lab, "n1");
-    let said = mesh.python(
-        "client",
-        "import socket, time\n\
-         s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
-         s.setsockopt(socket.IPPROTO_IP, 10, 2)  # IP_MTU_DISCOVER: always with DF\n\
-         s.connect(('10.77.0.11', 5353))\n\
-         s.send(bytes(1400))\n\
-         time.sleep(1)\n\
-         print(s.getsockopt(socket.IPPROTO_IP, 14))  # IP_MTU\n",
-    );
-    assert_eq!(said.trim(), "1300");
-    assert!(daemon.counter("too_big_sent") >= 1);
+    // IP_MTU_DISCOVER, always with DF, and IP_MTU; and the same of IPv6.
+    for (vip, options) in [(NODE, "IPPROTO_IP, 10, 14"), (NODE6, "IPPROTO_IPV6, 23, 24")] {
+        let before = daemon.counter("too_big_sent");
+        let said = mesh.python(
+            "client",
+            &format!(
+                "import socket, time\n\
+                 level, discover, mtu = socket.{options}\n\
+                 family = socket.getaddrinfo('{0}', 5353)[0][0]\n\
+                 s = socket.socket(family, socket.SOCK_DGRAM)\n\
+                 s.setsockopt(level, discover, 2)\n\
+                 s.connect(('{0}', 5353))\n\
+                 s.send(bytes(1400))\n\
+                 time.sleep(1)\n\
+                 print(s.getsockopt(level, mtu))\n",
+                vip.address
+            ),
+        );
+        assert_eq!(said.trim(), "1300", "{}", vip.address);
+        assert!(daemon.counter("too_big_sent") > before, "{}", vip.address);
+    }
 }
 
 #[test]
@@ -225,26 +250,51 @@ fn icmp_errors_are_translated_both_ways() {
     let lab = &mesh.lab;
     let daemon = Daemon::start(lab, "n1");
     // Nobody listens at the target: what the backend's kernel says of it is about a packet of the client's.
-    let said = mesh.python(
-        "client",
-        "import socket\n\
-         s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
-         s.settimeout(5)\n\
-         s.connect(('10.77.0.11', 5301))\n\
-         s.send(b'x')\n\
-         try: s.recv(1)\n\
-         except ConnectionRefusedError: print('refused')\n",
-    );
-    assert_eq!(said.trim(), "refused");
+    for vip in [NODE, NODE6] {
+        let said = mesh.python(
+            "client",
+            &format!(
+                "import socket\n\
+                 s = socket.socket(socket.getaddrinfo('{0}', 5301)[0][0], socket.SOCK_DGRAM)\n\
+                 s.settimeout(5)\n\
+                 s.connect(('{0}', 5301))\n\
+                 s.send(b'x')\n\
+                 try: s.recv(1)\n\
+                 except ConnectionRefusedError: print('refused')\n",
+                vip.address
+            ),
+        );
+        assert_eq!(said.trim(), "refused", "{}", vip.address);
+    }
     // The last link narrows without the client's knowledge: the router tells whoever sends from the VIP.
     lab.succeed("router", &["ip", "link", "set", "client", "mtu", "1400"]);
     let copy = lab.file("copy");
-    let url = format!("{}/big", NODE.url);
-    let fetch = ["curl", "-sSf", "--max-time", "60", "-o", copy.to_str().unwrap(), &url];
-    lab.succeed("client", &fetch);
-    let route = lab.succeed("b1", &["ip", "route", "get", MESH]);
-    assert!(route.contains("mtu 1400"), "{route}");
-    assert!(daemon.counter("icmp_errors_forwarded") >= 2);
+    for vip in [NODE, NODE6] {
+        let url = format!("{}/big", vip.url);
+        let fetch = ["curl", "-sSf", "--max-time", "60", "-o", copy.to_str().unwrap(), &url];
+        lab.succeed("client", &fetch);
+        let route = lab.succeed("b1", &["ip", "route", "get", vip.client]);
+        assert!(route.contains("mtu 1400"), "{route}");
+    }
+    assert!(daemon.counter("icmp_errors_forwarded") >= 4);
+}
+
+#[test]
+fn a_backend_that_asks_whether_a_mesh_address_is_still_there_is_answered() {
+    let mesh = Mesh::up(&ONE_ARMED, &["b1"]);
+    let lab = &mesh.lab;
+    let _daemon = Daemon::start(lab, "n1");
+    for vip in [NODE, NODE6] {
+        let neighbour = ["ip", "neigh", "show", vip.client, "dev", "vx200"];
+        wait_until("the backend is taught", 10, || {
+            lab.succeed("b1", &neighbour).contains("02:42:0a:63:01:fa")
+        });
+        let probe = ["ip", "neigh", "change", vip.client, "dev", "vx200", "nud", "probe"];
+        lab.succeed("b1", &probe);
+        wait_until("its question is answered", 5, || {
+            lab.succeed("b1", &neighbour).contains("REACHABLE")
+        });
+    }
 }
 
 #[test]
@@ -383,6 +433,20 @@ fn a_service_of_the_apis_is_translated_in_the_words_of_docker() {
     assert_eq!(get(&mesh.lab, vip).client, MESH);
     let shown = daemon.wiremesh("service inspect api");
     assert!(shown.contains("ports = [\"9200:80/tcp\"]"), "{shown}");
+    daemon.wiremesh(
+        "service create --name api6 --mode nat --vip node6 --publish published=9200,target=80 --vni 200 \
+         --backend vtep=10.77.0.101,address=fd00:99::1,mac=02:42:0a:63:01:01",
+    );
+    let vip6 = Vip { url: "http://[2001:db8:77::11]:9200", ..NODE6 };
+    assert_eq!(get(&mesh.lab, vip6).client, MESH6);
+    assert_eq!(get(&mesh.lab, vip).client, MESH, "the same port, over IPv4");
+    let holding = start_holding(&mesh.lab, vip6, 1, 4);
+    let connection = Translated::of(&mesh.lab, &daemon, "[2001:db8:77::11]", "9200");
+    assert_eq!(connection.mesh.ip().to_string(), MESH6);
+    assert_eq!(connection.target.to_string(), "[fd00:99::1]:80");
+    assert_eq!((&*connection.backend, &*connection.state), ("api6-1", "established"));
+    let held: Vec<Held> = parse(&holding.finish());
+    assert!(held.iter().all(|connection| connection.outcome == "kept"), "{held:?}");
     // The file can't take the overlay away from it.
     fs::write(mesh.lab.file("n1.toml"), &mesh.plain).unwrap();
     wait_until("the file is refused", 10, || {

@@ -1,6 +1,6 @@
 //! What our frames look like to others: a capture read by tshark, and frames no local stack would send.
 
-use std::{collections::HashSet, fs, net::SocketAddrV4, path::Path};
+use std::{collections::HashSet, fs, net::SocketAddr, path::Path};
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -15,9 +15,9 @@ use crate::{
 #[derive(Debug, Deserialize)]
 pub struct Translated {
     /// This node's end.
-    pub mesh: SocketAddrV4,
+    pub mesh: SocketAddr,
     /// The server's.
-    pub target: SocketAddrV4,
+    pub target: SocketAddr,
     /// Who that is.
     pub backend: String,
     pub state: String,

@@ -122,7 +122,7 @@ mod tests {
         super::table::{table, tests::recorded},
         *,
     };
-    use crate::desired::{Mode, Vip};
+    use crate::desired::{Family, Mode, Vip};
 
     fn local(node: usize) -> Local {
         let node = recorded().nodes[node].id.clone();
@@ -149,7 +149,10 @@ mod tests {
         assert_eq!((overlay.vni.get(), overlay.port, overlay.mtu), (4096, 4789, Some(1450)));
         assert_eq!(overlay.addresses, [std::net::IpAddr::from([10, 0, 0, 2])]);
         let web = service(&wanted, "web");
-        assert_eq!((web.owner, web.mode, web.vip), (Owner::Swarm, Mode::Nat, Vip::Node));
+        assert_eq!(
+            (web.owner, web.mode, web.vip),
+            (Owner::Swarm, Mode::Nat, Vip::Node(Family::V4))
+        );
         let task = &web.backends[0];
         assert_eq!(task.vtep.to_string(), "10.78.0.12");
         assert_eq!(task.address.unwrap().to_string(), "10.0.0.6");
