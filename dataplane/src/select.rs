@@ -310,6 +310,11 @@ fn select_for_error<'a>(
     Ok(Selected { slot, backend, how: How::Maglev })
 }
 
+/// Whether the backend that Maglev has for a flow can be reached: it has no other unless none can.
+pub(crate) fn is_anybody_there(flow: &Flow, forwarding: &Forwarding, service: &Service) -> bool {
+    pick(flow, forwarding, service).is_ok_and(|picked| picked.backend.reachable)
+}
+
 /// Maglev's answer.
 struct Picked<'a> {
     slot: Slot,

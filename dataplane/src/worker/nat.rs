@@ -373,7 +373,8 @@ impl<'a> Burst<'a> {
             // task need not wait for it.
             Some(backend)
                 if !backend.reachable
-                    && (is_datagram || flow.is_syn() && !to.state.is_answered()) => {}
+                    && (is_datagram || flow.is_syn() && !to.state.is_answered())
+                    && self.is_anybody_there(flow, service) => {}
             Some(backend) => {
                 self.context.counters.count(Event::ConnectionHits, 1);
                 return Ok(Some((to, backend)));
@@ -386,6 +387,14 @@ impl<'a> Burst<'a> {
         }
         slots.detach(to.id, to.state);
         Ok(None)
+    }
+
+    /// Whether a new connection would find a task that can be reached. If none can, each packet would use up another
+    /// port, for nothing.
+    #[cold]
+    fn is_anybody_there(&self, flow: &Flow, service: u32) -> bool {
+        let service = self.forwarding.service(service);
+        service.is_some_and(|service| select::is_anybody_there(flow, self.forwarding, service))
     }
 
     /// A slot for a new connection.

@@ -927,6 +927,19 @@ fn a_client_that_its_task_never_answered_is_given_another_once_the_task_cannot_b
 }
 
 #[test]
+fn while_no_task_can_be_reached_a_client_has_one_port() {
+    let mut node = Node::new(&World { lost: vec![1], ..World::new(&[1]) });
+    for segment in [udp(client(53), at(VIP)), tcp(client(40_000), at(VIP), SYN)] {
+        let before = node.slots.used(0);
+        for _ in 0..100 {
+            assert!(node.send(&segment.by_client()).is_empty());
+        }
+        assert_eq!(node.slots.used(0), before + 1);
+    }
+    assert_eq!(node.drops(), BTreeMap::from([("next_hop_unresolved", 200)]));
+}
+
+#[test]
 fn only_allowed_clients_are_served() {
     let address = ip("198.51.100.0").into();
     let world = World { allow: vec![Prefix { address, len: 96 + 24 }], ..World::new(&[1]) };
