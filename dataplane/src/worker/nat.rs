@@ -187,13 +187,17 @@ impl<'a> Burst<'a> {
     ) -> Result<Next, DropReason> {
         let overlay = self.forwarding.overlays().get(overlay as usize);
         let own = overlay.ok_or(DropReason::NatUnmatched)?.mac;
+        let question_len = frame.len();
         match question.kind {
             Kind::Arp => reply::arp(frame, question, own)?,
             _ => reply::neighbour(frame, question, own)?,
         }
+        let answer_len = frame.len();
+        // The tunnel's headers are still the question's, which may have been longer.
+        frame.set_len(answer_len.max(question_len));
         frame.grow_front(outer_len).ok_or(DropReason::NoHeadroom)?;
-        // The answer may be longer than what the tunnel's headers say, but not shorter.
         let outer = parse::flow(frame.packet())?;
+        frame.set_len(outer_len + answer_len);
         reply::tunnel(frame, &outer, self.link.mac);
         self.context.counters.count(Event::NeighbourReplies, 1);
         Ok(Next::Send(self.ingress))

@@ -30,7 +30,7 @@ use etherparse::{
 use proptest::prelude::*;
 
 use crate::{
-    packets::{arp_request, naive_sum, solicitation, tag},
+    packets::{arp_request, naive_sum, seal_icmpv6, solicitation, tag},
     rig::{CLIENT_MAC, SLOTS, hash_key, ip, node_mac, vip},
 };
 
@@ -1123,6 +1123,20 @@ fn who_asks_in_a_tunnel_for_our_address_is_told() {
         assert!(icmp.is_checksum_valid(header.source, header.destination));
         assert_eq!((icmp.slice()[0], &icmp.slice()[26..32]), (136, &MESH_MAC[..]));
     }
+}
+
+#[test]
+fn who_asks_in_a_tunnel_with_more_options_than_our_answer_has_is_told() {
+    let mut node = Node::new(&World::new(&[1]));
+    let mut request = solicitation("fd00::1:3", MESH6, true, 255);
+    request.extend([14, 1, 1, 2, 3, 4, 5, 6]); // a nonce, RFC 3971 section 5.3.2
+    request[19] += 8;
+    seal_icmpv6(&mut request, 14);
+    let sent = node.send(&tunneled(&request, vtep(3), VNI6));
+    let (_, _, inner) = untunneled(&sent[0]);
+    assert_eq!((inner.len(), inner[54]), (14 + 40 + 32, 136));
+    let longest = node.send(&tunneled(&solicitation("fd00::1:3", MESH6, true, 255), vtep(3), VNI6));
+    assert_eq!(sent, longest);
 }
 
 #[test]
