@@ -5,6 +5,7 @@
 mod answers;
 mod connections;
 mod encap;
+mod hostile;
 mod nat;
 mod packets;
 mod parse;

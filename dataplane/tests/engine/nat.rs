@@ -2,14 +2,15 @@
 //! read back by etherparse, which also judges every checksum.
 
 use std::{
+    cell::RefCell,
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
     ops::RangeInclusive,
+    panic::AssertUnwindSafe,
     sync::Arc,
 };
 
 use dataplane::{
-    connections::{Connections, Timeouts},
     counters::{Counters, DropReason, Event},
     encap::{Template, Tunnel},
     flow::{HashKey, protocol},
@@ -21,7 +22,7 @@ use dataplane::{
     schedule::{Schedule, Taker},
     time::Tick,
     wire::ethernet::MacAddr,
-    worker::{Parts, Worker},
+    worker::Worker,
 };
 use etherparse::{
     EtherType, Ethernet2Header, Icmpv4Type, Icmpv6Type, IpHeaders, NetSlice, PacketBuilder,
@@ -30,18 +31,21 @@ use etherparse::{
 use proptest::prelude::*;
 
 use crate::{
+    hostile,
     packets::{arp_request, naive_sum, seal_icmpv6, solicitation, tag},
-    rig::{CLIENT_MAC, SLOTS, hash_key, ip, node_mac, vip},
+    rig::{CLIENT_MAC, Equipment, SLOTS, ip, node_mac, vip},
+    script::Script,
 };
 
-const VNI: u32 = 4096;
-const VNI6: u32 = 4097;
-const MESH: &str = "10.0.0.5";
-const MESH6: &str = "fd00::5";
-const NODE: &str = "192.0.2.1";
+pub const VNI: u32 = 4096;
+pub const VNI6: u32 = 4097;
+pub const MESH: &str = "10.0.0.5";
+pub const MESH6: &str = "fd00::5";
+pub const NODE: &str = "192.0.2.1";
+const NODE6: &str = "2001:db8::1";
 const VIP: &str = "203.0.113.10:8080";
 const VIP6: &str = "[2001:db8:113::10]:8080";
-const MESH_MAC: [u8; 6] = [2, 0x42, 10, 0, 0, 5];
+pub const MESH_MAC: [u8; 6] = [2, 0x42, 10, 0, 0, 5];
 const MTU: u16 = 1450;
 const TARGET: u16 = 80;
 
@@ -250,16 +254,24 @@ fn checksum(sliced: &SlicedPacket<'_>) -> u16 {
 }
 
 /// A frame in a tunnel to this node.
-fn tunneled(inner: &[u8], from: IpAddr, vni: u32) -> Vec<u8> {
+pub fn tunneled(inner: &[u8], from: IpAddr, vni: u32) -> Vec<u8> {
     let mut payload = [&[8, 0, 0, 0][..], &(vni << 8).to_be_bytes()].concat();
     payload.extend(inner);
-    let (IpAddr::V4(from), IpAddr::V4(to)) = (from, ip(NODE)) else { panic!("IPv4") };
     let mut frame = Vec::new();
-    PacketBuilder::ethernet2([2, 0, 0, 0, 2, 0], node_mac(0))
-        .ipv4(from.octets(), to.octets(), 64)
-        .udp(50_000, 4789)
-        .write(&mut frame, &payload)
-        .unwrap();
+    let builder = PacketBuilder::ethernet2([2, 0, 0, 0, 2, 0], node_mac(0));
+    match (from, ip(NODE), ip(NODE6)) {
+        (IpAddr::V4(from), IpAddr::V4(to), _) => builder
+            .ipv4(from.octets(), to.octets(), 64)
+            .udp(50_000, 4789)
+            .write(&mut frame, &payload)
+            .unwrap(),
+        (IpAddr::V6(from), _, IpAddr::V6(to)) => builder
+            .ipv6(from.octets(), to.octets(), 64)
+            .udp(50_000, 4789)
+            .write(&mut frame, &payload)
+            .unwrap(),
+        _ => panic!("the node has an address of each family"),
+    }
     frame
 }
 
@@ -392,26 +404,9 @@ impl Node {
     fn with(world: &World, timeouts: nat::Timeouts, ports: RangeInclusive<u16>) -> Self {
         let mut publisher = Publisher::new(world.forwarding());
         let slots = Arc::new(Slots::new(2, timeouts, ports).unwrap());
-        let counters = [0; 2].map(|_| Arc::new(Counters::new(SLOTS)));
-        let table = || Connections::new(1024, &Timeouts::default()).unwrap();
-        let tables = [table(), table()];
-        let readers = [tables[0].reader(), tables[1].reader()];
-        let mut tables = tables.into_iter();
-        let workers = std::array::from_fn(|id| {
-            Worker::new(Parts {
-                ports: vec![SimPort::new(256, 64)],
-                links: vec![0],
-                pool: dataplane::port::sim::pool(256, 4096),
-                connections: tables.next().unwrap(),
-                peers: vec![readers[1 - id]],
-                published: publisher.subscribe(),
-                counters: Arc::clone(&counters[id]),
-                hash_key: hash_key(),
-                icmp_errors_per_s: 100,
-                id,
-                nat: Some(Arc::clone(&slots)),
-            })
-        });
+        let equipment = Equipment { icmp_errors_per_s: 100, ..Equipment::default() };
+        let [(one, by_one), (other, by_other)] = equipment.pair(&mut publisher, &slots);
+        let (workers, counters) = ([one, other], [by_one, by_other]);
         let mut node = Self { workers, counters, slots, publisher, now: Tick::from_s(1000) };
         node.turn();
         node
@@ -565,6 +560,22 @@ fn datagrams_are_translated_with_and_without_a_checksum() {
             assert_eq!((back.src, back.dst, back.bare), (vip, client, bare));
             assert_eq!(back.payload, answer.payload);
         }
+    }
+}
+
+#[test]
+fn a_checksum_that_becomes_zero_is_sent_as_ones() {
+    let mut node = Node::new(&World::new(&[1]));
+    for (client, vip, at) in [(client(53), at(VIP), 14 + 20), (client6(53), at(VIP6), 14 + 40)] {
+        let question = Segment { payload: vec![0, 0], ..udp(client, vip) };
+        let sent = node.send(&question.by_client());
+        let checksum = untunneled(&sent[0]).2[at + 6..at + 8].to_vec();
+        // What is added to the payload is taken from the checksum.
+        let question = Segment { payload: checksum, ..question };
+        let sent = node.send(&question.by_client());
+        let inner = untunneled(&sent[0]).2;
+        assert_eq!(inner[at + 6..at + 8], [0xff, 0xff], "zero would mean that there is none");
+        assert_eq!(Segment::read(&inner).payload, question.payload);
     }
 }
 
@@ -1348,4 +1359,47 @@ proptest! {
             prop_assert_eq!(live.len(), used);
         }
     }
+}
+
+fn any_steps() -> impl Strategy<Value = Vec<Vec<u8>>> {
+    let choice = prop_oneof![3 => 0_u8..5, 4 => 5_u8..10, 6 => 10_u8..16];
+    let byte = prop_oneof![2 => Just(0), 3 => any::<u8>()];
+    let step = (choice, any::<u8>(), prop::collection::vec(byte, 0..24));
+    let step = step.prop_map(|(choice, place, rest)| [vec![choice | place & 0x70], rest].concat());
+    prop::collection::vec(step, 1..100)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_clients_and_tasks_send_each_gets_its_own(
+        node in 0_usize..4, steps in any_steps(),
+    ) {
+        NODES.with_borrow_mut(|nodes| {
+            nodes.live(node, |node, worlds| {
+                steps.iter().for_each(|bytes| hostile::step(node, &mut Script(bytes), worlds));
+            });
+        });
+    }
+}
+
+thread_local! {
+    static NODES: RefCell<hostile::Nodes> = RefCell::new(hostile::Nodes::new());
+}
+
+#[test]
+fn whatever_comes_from_either_side_the_node_does_as_the_reference() {
+    let nodes = AssertUnwindSafe(RefCell::new(hostile::Nodes::new()));
+    bolero::check!().for_each(move |input: &[u8]| {
+        let mut script = Script(input);
+        let which = usize::from(script.byte()) % 4;
+        nodes.borrow_mut().live(which, |node, worlds| {
+            for _ in 0..200 {
+                if !script.is_over() {
+                    hostile::step(node, &mut script, worlds);
+                }
+            }
+        });
+    });
 }

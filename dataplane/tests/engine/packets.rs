@@ -62,6 +62,8 @@ pub struct Packet {
     /// Words of no-operation options, IPv4 only.
     pub option_words: usize,
     pub extensions: Extensions,
+    /// Words at the payload's start that TCP's header counts as its options.
+    pub tcp_option_words: u8,
     pub payload: Vec<u8>,
     /// Bytes behind the IP packet.
     pub padding: usize,
@@ -92,6 +94,7 @@ fn from_to(src: &str, dst: &str, port: u16, l4: L4) -> Packet {
         fragment: None,
         option_words: 0,
         extensions: Extensions::default(),
+        tcp_option_words: 0,
         payload: b"hello".to_vec(),
         padding: 0,
         partial: false,
@@ -222,7 +225,7 @@ impl Packet {
         let mut bytes = match self.l4 {
             L4::Tcp { flags } => {
                 let mut bytes = TcpHeader::new(src, dst, 0x0102_0304, 1024).to_bytes().to_vec();
-                bytes[13] = flags;
+                (bytes[12], bytes[13]) = ((5 + self.tcp_option_words) << 4, flags);
                 bytes
             }
             L4::Udp { .. } => UdpHeader::without_ipv4_checksum(src, dst, self.payload.len())

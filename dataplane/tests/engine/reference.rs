@@ -4,6 +4,8 @@
 //! It shares nothing with the engine but the names of its types and Maglev's choice. Headers are read by
 //! hand, since no library tells the same faults apart, and written by etherparse.
 
+pub mod nat;
 pub mod node;
 pub mod output;
 pub mod parse;
+pub mod translation;

@@ -15,8 +15,9 @@ use dataplane::{
     counters::{Counters, DropReason, Event},
     encap::{Template, Tunnel},
     flow::{Address, HashKey, protocol},
-    forwarding::{Backend, Common, Forwarding, Link, Service, Slot, Vip},
+    forwarding::{Backend, Common, Forwarding, Link, Nat, Overlay, Service, Slot, Vip},
     maglev::{Candidate, Maglev, Size},
+    nat::Slots,
     port::{
         HEADROOM,
         sim::{self, SimPort},
@@ -66,6 +67,14 @@ pub fn node_mac(link: usize) -> [u8; 6] {
     [2, 0, 0, 0, 1, link as u8]
 }
 
+/// A packet for this port's station, if it was made for the first one's.
+pub fn addressed(port: usize, mut packet: Vec<u8>) -> Vec<u8> {
+    if packet.starts_with(&node_mac(0)) {
+        packet[..6].copy_from_slice(&node_mac(port));
+    }
+    packet
+}
+
 /// A service's backend, described.
 #[derive(Clone, Debug)]
 pub struct BackendSpec {
@@ -75,6 +84,8 @@ pub struct BackendSpec {
     pub link: u8,
     pub reachable: bool,
     pub tunnel: Tunnel,
+    /// What packets to it are translated to, if they are.
+    pub task: Address,
 }
 
 /// A backend over IPv4 with a full UDP checksum, on the first link, with room for 1,500 bytes.
@@ -98,6 +109,7 @@ pub fn backend(slot: Slot) -> BackendSpec {
             inner_v6: false,
             udp_checksum: true,
         },
+        task: Address::default(),
     }
 }
 
@@ -147,6 +159,9 @@ pub struct World {
     pub scheduled: Scheduled,
     /// Whether its services reset connections whose backend is gone.
     pub resets: bool,
+    /// How each service is translated, by its index; one that is not here is not.
+    pub nat: Vec<Nat>,
+    pub overlays: Vec<Overlay>,
 }
 
 impl World {
@@ -158,6 +173,8 @@ impl World {
             answer_arp: false,
             scheduled: Scheduled::Maglev,
             resets: false,
+            nat: Vec::new(),
+            overlays: Vec::new(),
         }
     }
 
@@ -186,6 +203,7 @@ impl World {
     pub fn forwarding(&self) -> Arc<Forwarding> {
         let maglev_key = HashKey::from_seed("maglev");
         let mut slots: Vec<Option<Backend>> = vec![None; SLOTS];
+        let mut tasks = vec![Address::default(); SLOTS];
         let mut services = Vec::new();
         for (service, (vips, backends)) in self.services.iter().enumerate() {
             let names: Vec<_> = backends.iter().map(|b| format!("backend-{}", b.slot)).collect();
@@ -202,9 +220,10 @@ impl World {
                 maglev: Arc::new(maglev),
                 schedule,
                 resets: self.resets,
-                nat: None,
+                nat: self.nat.get(service).cloned().map(Arc::new),
             });
             for spec in backends {
+                tasks[spec.slot as usize] = spec.task;
                 slots[spec.slot as usize] = Some(Backend {
                     template: Template::render(&spec.tunnel).unwrap(),
                     service: service as u32,
@@ -215,8 +234,8 @@ impl World {
             }
         }
         let (links, answer_arp) = (self.links.clone(), self.answer_arp);
-        let common =
-            Common { links, answer_arp, maglev_key, overlays: Vec::new(), tasks: Vec::new() };
+        let overlays = self.overlays.clone();
+        let common = Common { links, answer_arp, maglev_key, overlays, tasks };
         Arc::new(Forwarding::new(common, services, slots).unwrap())
     }
 }
@@ -263,6 +282,57 @@ impl Default for Equipment {
     }
 }
 
+impl Equipment {
+    /// A connection table.
+    pub fn table(&self) -> Connections {
+        let table = Connections::new(self.connections, &self.timeouts).unwrap();
+        table.admitting(self.admissions_per_s)
+    }
+
+    /// The worker with this number, and what it counts in.
+    pub fn worker(
+        self,
+        id: usize,
+        connections: Connections,
+        published: Subscriber<Forwarding>,
+        nat: Option<Arc<Slots>>,
+    ) -> (Worker<SimPort>, Arc<Counters>) {
+        let Self { frames, chunk_bytes, ring_size, links, peers, icmp_errors_per_s, .. } = self;
+        let counters = Arc::new(Counters::new(SLOTS));
+        let worker = Worker::new(Parts {
+            ports: links.iter().map(|_| SimPort::new(frames, ring_size)).collect(),
+            links,
+            pool: sim::pool(frames, chunk_bytes),
+            connections,
+            peers,
+            published,
+            counters: Arc::clone(&counters),
+            hash_key: hash_key(),
+            icmp_errors_per_s,
+            id,
+            nat,
+        });
+        worker.prepare();
+        (worker, counters)
+    }
+
+    /// Two workers that share the slots of NAT and know each other's connections.
+    pub fn pair(
+        &self,
+        publisher: &mut Publisher<Forwarding>,
+        slots: &Arc<Slots>,
+    ) -> [(Worker<SimPort>, Arc<Counters>); 2] {
+        let tables = [self.table(), self.table()];
+        let peers = [tables[1].reader(), tables[0].reader()];
+        let mut each = tables.into_iter().zip(peers);
+        [0, 1].map(|id| {
+            let (table, peer) = each.next().expect("there are two");
+            let equipment = Self { peers: vec![peer], ..self.clone() };
+            equipment.worker(id, table, publisher.subscribe(), Some(Arc::clone(slots)))
+        })
+    }
+}
+
 /// A packet that left, and by which port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sent {
@@ -306,27 +376,11 @@ impl Rig {
     pub fn equipped(world: &World, equipment: Equipment) -> Self {
         let forwarding = world.forwarding();
         let reference = Node::new(world, Arc::clone(&forwarding), equipment.clone());
-        let Equipment { frames, chunk_bytes, ring_size, links, .. } = equipment;
+        let (frames, ports) = (equipment.frames, equipment.links.len());
         let (publisher, published) = publish(forwarding);
-        let counters = Arc::new(Counters::new(SLOTS));
-        let table = Connections::new(equipment.connections, &equipment.timeouts).unwrap();
-        let table = table.admitting(equipment.admissions_per_s);
+        let table = equipment.table();
         let connections = table.reader();
-        let ports = links.len();
-        let worker = Worker::new(Parts {
-            ports: links.iter().map(|_| SimPort::new(frames, ring_size)).collect(),
-            links,
-            pool: sim::pool(frames, chunk_bytes),
-            connections: table,
-            peers: equipment.peers,
-            published,
-            counters: Arc::clone(&counters),
-            hash_key: hash_key(),
-            icmp_errors_per_s: equipment.icmp_errors_per_s,
-            id: 0,
-            nat: None,
-        });
-        worker.prepare();
+        let (worker, counters) = equipment.worker(0, table, published, None);
         let mut rig = Self {
             worker,
             now: Tick::from_s(1000),
@@ -571,7 +625,7 @@ impl Rig {
 }
 
 /// What a worker does after its start (I7).
-fn without_allocation<T>(turn: impl FnOnce() -> T) -> T {
+pub fn without_allocation<T>(turn: impl FnOnce() -> T) -> T {
     let mut result = None;
     // The count does not survive a panic by itself.
     let run = || result = Some(catch_unwind(AssertUnwindSafe(turn)));

@@ -28,7 +28,7 @@ impl<'a> Script<'a> {
     }
 
     /// As many as there are, at most.
-    fn bytes(&mut self, most: usize) -> &'a [u8] {
+    pub fn bytes(&mut self, most: usize) -> &'a [u8] {
         let (taken, left) = self.0.split_at(most.min(self.0.len()));
         self.0 = left;
         taken
@@ -37,15 +37,10 @@ impl<'a> Script<'a> {
     /// A frame for the node.
     pub fn frame(&mut self) -> Vec<u8> {
         let (form, shape) = (self.byte(), self.byte());
-        let has = |bit: u8| shape >> bit & 1 == 1;
-        let vlans = &[5, 6][..usize::from(shape % 4).min(2)];
-        let mut bytes = match form % 8 {
+        let vlans = vlans(shape);
+        let bytes = match form % 8 {
             0..4 => self.packet(form, shape).tagged(vlans).bytes(),
-            4 => {
-                Packet { fragment: Some((self.word() % 8192, has(7))), ..self.packet(form, shape) }
-                    .tagged(vlans)
-                    .bytes()
-            }
+            4 => self.fragment(form, shape).tagged(vlans).bytes(),
             5 => tag(&icmp_error(&answer_to(&self.packet(form, shape)).ip_packet()), vlans),
             6 => tag(&self.question(), vlans),
             _ => {
@@ -53,6 +48,12 @@ impl<'a> Script<'a> {
                 return self.bytes(len.into()).to_vec();
             }
         };
+        self.disturbed(form, shape, bytes)
+    }
+
+    /// Some bytes of a frame are changed, or it ends early, if its shape says so.
+    pub fn disturbed(&mut self, form: u8, shape: u8, mut bytes: Vec<u8>) -> Vec<u8> {
+        let has = |bit: u8| shape >> bit & 1 == 1;
         if has(2) {
             for _ in 0..=self.byte() % 4 {
                 let (at, value) = (usize::from(self.byte()), self.byte());
@@ -62,7 +63,7 @@ impl<'a> Script<'a> {
             }
             if form % 8 == 6 && has(7) {
                 // Else few changed ones would be looked at.
-                let at = 14 + 4 * vlans.len();
+                let at = 14 + 4 * vlans(shape).len();
                 if bytes[at] >> 4 == 6 && bytes.len() > at + 48 {
                     seal_icmpv6(&mut bytes, at);
                 }
@@ -74,7 +75,12 @@ impl<'a> Script<'a> {
         bytes
     }
 
-    fn packet(&mut self, form: u8, shape: u8) -> Packet {
+    pub fn fragment(&mut self, form: u8, shape: u8) -> Packet {
+        let fragment = Some((self.word() % 8192, shape & 0x80 != 0));
+        Packet { fragment, ..self.packet(form, shape) }
+    }
+
+    pub fn packet(&mut self, form: u8, shape: u8) -> Packet {
         let has = |bit: u8| shape >> bit & 1 == 1;
         let port = 1 + u16::from(self.byte());
         let l4 = match form >> 3 & 7 {
@@ -110,7 +116,7 @@ impl<'a> Script<'a> {
     }
 
     /// Something that the node answers itself.
-    fn question(&mut self) -> Vec<u8> {
+    pub fn question(&mut self) -> Vec<u8> {
         let (kind, id) = (self.byte() % 5, self.byte().into());
         let payload: Vec<u8> = (0..self.byte()).collect();
         match kind {
@@ -140,4 +146,9 @@ impl<'a> Script<'a> {
     pub fn number(&mut self) -> u64 {
         (0..8).fold(0, |number, _| number << 8 | u64::from(self.byte()))
     }
+}
+
+/// The tags of a frame of this shape.
+pub fn vlans(shape: u8) -> &'static [u16] {
+    &[5, 6][..usize::from(shape % 4).min(2)]
 }

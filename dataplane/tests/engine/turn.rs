@@ -14,8 +14,8 @@ use proptest::prelude::*;
 use crate::{
     packets::{self, ACK, DATAGRAM, SYN, any_packet, icmp_error},
     rig::{
-        BackendSpec, Equipment, Rig, SCTP, Scheduled, Sent, VIP4, VIP6, World, backend, hash_key,
-        link, node_mac, table,
+        BackendSpec, Equipment, Rig, SCTP, Scheduled, Sent, VIP4, VIP6, World, addressed, backend,
+        hash_key, link, table,
     },
     script::Script,
 };
@@ -165,13 +165,6 @@ fn any_equipment() -> impl Strategy<Value = Equipment> {
 
 /// Takes the steps one by one.
 fn play(rig: &mut Rig, worlds: &[(World, Arc<Forwarding>)], steps: Vec<Step>) {
-    // Packets are made for the first port's station.
-    let addressed = |port: usize, mut packet: Vec<u8>| {
-        if packet.starts_with(&node_mac(0)) {
-            packet[..6].copy_from_slice(&node_mac(port));
-        }
-        packet
-    };
     for step in steps {
         match step {
             Step::Deliver { port, packet } => {

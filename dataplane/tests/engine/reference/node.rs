@@ -16,6 +16,7 @@ use dataplane::{
     forwarding::{Forwarding, Link, Slot, Vip},
     port::BURST,
     time::Tick,
+    wire::ethernet::MacAddr,
 };
 
 use super::{
@@ -28,10 +29,10 @@ use crate::rig::{BackendSpec, Equipment, Scheduled, World, hash_key, takers};
 
 /// The reference node.
 pub struct Node {
-    world: World,
+    pub(super) world: World,
     /// For Maglev's choice, which has tests of its own.
-    forwarding: Arc<Forwarding>,
-    equipment: Equipment,
+    pub(super) forwarding: Arc<Forwarding>,
+    pub(super) equipment: Equipment,
     /// By port.
     arrived: Vec<VecDeque<Arrival>>,
     /// All backends that a flow can be remembered with.
@@ -47,22 +48,23 @@ pub struct Node {
     left: HashMap<(usize, FlowKey), u64>,
 }
 
-struct Arrival {
+#[derive(Clone, Debug)]
+pub(super) struct Arrival {
     /// Where in its frame it lies.
-    start: usize,
-    bytes: Vec<u8>,
+    pub(super) start: usize,
+    pub(super) bytes: Vec<u8>,
 }
 
 /// What may become of a packet.
-#[derive(Default)]
-struct Fate {
+#[derive(Clone, Default, Debug)]
+pub(super) struct Fate {
     /// The backend it goes to.
-    slot: Option<Slot>,
-    port: usize,
-    /// What leaves by the port, in this order. Each has two right forms.
-    frames: Vec<[Vec<u8>; 2]>,
+    pub(super) slot: Option<Slot>,
+    pub(super) port: usize,
+    /// What leaves by the port, in this order: each in one of these forms, which are all right.
+    pub(super) frames: Vec<Vec<Vec<u8>>>,
     /// What may be counted, as often as it stands here: of what does not leave, and of what made it.
-    drops: Vec<DropReason>,
+    pub(super) drops: Vec<DropReason>,
 }
 
 struct Leaving {
@@ -94,16 +96,31 @@ impl Leaving {
 }
 
 impl Fate {
-    fn dropped(reason: DropReason) -> Self {
+    pub(super) fn dropped(reason: DropReason) -> Self {
         Self { drops: vec![reason], ..Self::default() }
     }
 
-    fn leaves(port: usize, bytes: [Vec<u8>; 2]) -> Self {
-        Self { port, frames: vec![bytes], drops: vec![TxRingFull], slot: None }
+    pub(super) fn leaves(port: usize, forms: Vec<Vec<u8>>) -> Self {
+        Self { port, frames: vec![forms], drops: vec![TxRingFull], slot: None }
     }
 
-    fn answer(port: usize, bytes: Vec<u8>) -> Self {
-        Self::leaves(port, [bytes.clone(), bytes])
+    pub(super) fn answer(port: usize, bytes: Vec<u8>) -> Self {
+        Self::leaves(port, vec![bytes])
+    }
+
+    /// What a TCP segment gets that belongs to nothing known: a reset, if that is believed.
+    pub(super) fn refused(
+        port: usize,
+        frame: &[u8],
+        packet: &Meaning,
+        own: MacAddr,
+        reason: DropReason,
+    ) -> Self {
+        if packet.protocol != 6 || packet.tcp_flags & 0x04 != 0 || !can_be_answered(packet) {
+            return Self::dropped(reason);
+        }
+        let answer = Self::answer(port, reset(frame, packet, own));
+        Self { drops: vec![reason, TxRingFull], ..answer }
     }
 
     fn most(&self, reason: DropReason) -> u64 {
@@ -251,7 +268,7 @@ impl Node {
         self.left.clear();
     }
 
-    fn fates(
+    pub(super) fn fates(
         &mut self,
         port: usize,
         arrival: &Arrival,
@@ -298,7 +315,7 @@ impl Node {
     }
 
     /// The service that answers, by its index.
-    fn service(&self, key: &FlowKey) -> Option<usize> {
+    pub(super) fn service(&self, key: &FlowKey) -> Option<usize> {
         let claims = |port| {
             let vip = Vip { address: key.dst, protocol: key.protocol, port };
             self.world.services.iter().position(|(vips, _)| vips.contains(&vip))
@@ -325,13 +342,8 @@ impl Node {
         let is_orphan = given.iter().any(|slot| backend(*slot).is_none());
         let may_be_reset = self.world.resets && packet.protocol == 6 && !is_syn(packet);
         let link = self.world.links[self.equipment.links[port]];
-        let told = (is_orphan && may_be_reset && packet.kind == Kind::Packet).then(|| {
-            if packet.tcp_flags & 0x04 != 0 || !can_be_answered(packet) {
-                return Fate::dropped(BackendGone);
-            }
-            let answer = Fate::answer(port, reset(&arrival.bytes, packet, link.mac));
-            Fate { drops: vec![BackendGone, TxRingFull], ..answer }
-        });
+        let told = (is_orphan && may_be_reset && packet.kind == Kind::Packet)
+            .then(|| Fate::refused(port, &arrival.bytes, packet, link.mac, BackendGone));
         let fate = |slot: Option<Slot>| match slot.and_then(backend) {
             Some(backend) => Fate { slot, ..self.fate(port, arrival, packet, backend) },
             None => Fate::dropped(NoBackend),
@@ -408,19 +420,32 @@ impl Node {
         packet: &Meaning,
         backend: &BackendSpec,
     ) -> Fate {
-        let links = &self.equipment.links;
-        let egress = links.iter().position(|&link| link == usize::from(backend.link));
-        let Some(port) = egress.filter(|_| backend.reachable) else {
-            return Fate::dropped(NextHopUnresolved);
-        };
         let hash = packet.key.hash(&hash_key());
-        let link = self.world.links[links[ingress]];
+        let link = self.world.links[self.equipment.links[ingress]];
         let ip = &arrival.bytes[packet.ip.clone()];
         let partial = if link.partial_checksums { completed(packet, ip) } else { None };
         let ip = partial.as_deref().unwrap_or(ip);
-        let forms = |packet: &Meaning, ip: &[u8]| encapsulated(&backend.tunnel, packet, ip, hash);
+        self.wrapped(ingress, arrival, (packet, ip), backend, hash)
+    }
+
+    /// What becomes of a packet on its way to this backend. `ip` is the IP packet as it is by now, and `hash` is
+    /// the flow's.
+    pub(super) fn wrapped(
+        &self,
+        ingress: usize,
+        arrival: &Arrival,
+        (packet, ip): (&Meaning, &[u8]),
+        backend: &BackendSpec,
+        hash: u64,
+    ) -> Fate {
+        let Some(port) = self.port_of(backend.link.into()).filter(|_| backend.reachable) else {
+            return Fate::dropped(NextHopUnresolved);
+        };
+        let forms =
+            |packet: &Meaning, ip: &[u8]| encapsulated(&backend.tunnel, packet, ip, hash).to_vec();
         let header_len = forms(packet, ip)[0].len() - ip.len();
-        let has_room = arrival.start + packet.ip.start >= header_len;
+        let in_front = arrival.start + packet.ip.start;
+        let has_room = in_front >= header_len;
         if ip.len() <= backend.mtu.into() {
             let fits = || Fate::leaves(port, forms(packet, ip));
             return if has_room { fits() } else { Fate::dropped(NoHeadroom) };
@@ -428,30 +453,43 @@ impl Node {
         if let Some(pieces) = cut(packet, ip, backend.mtu) {
             // No transport checksum covers a piece alone.
             let piece = Meaning { protocol: 0, ..packet.clone() };
-            let frames: Vec<_> = pieces.iter().map(|ip| forms(&piece, ip)).collect();
-            let drops = frames.iter().map(|_| if has_room { TxRingFull } else { NoHeadroom });
+            // The last stays where it is in the frame, and has the room of the others in front.
+            let ahead: usize = pieces
+                .split_last()
+                .map_or(0, |(_, ahead)| ahead.iter().map(|piece| piece.len() - 20).sum());
+            let rooms = |i| has_room || i + 1 == pieces.len() && in_front + ahead >= header_len;
+            let (fit, lack): (Vec<_>, Vec<_>) =
+                pieces.iter().enumerate().partition(|(i, _)| rooms(*i));
+            let frames: Vec<_> = fit.iter().map(|(_, ip)| forms(&piece, ip)).collect();
+            let drops = lack.iter().map(|_| NoHeadroom).chain(fit.iter().map(|_| TxRingFull));
             let drops = drops.chain([NoFrame, TxRingFull]).collect();
             return Fate { port, frames, drops, slot: None };
         }
         if packet.kind == Kind::IcmpError || !can_be_answered(packet) {
             return Fate::dropped(TooBigSilent);
         }
-        let bytes = too_big(&arrival.bytes, packet, ip, link.mac, backend.mtu);
+        let own = self.world.links[self.equipment.links[ingress]].mac;
+        let bytes = too_big(&arrival.bytes, packet, ip, own, backend.mtu);
         let added = if packet.key.dst.as_v4().is_some() { 28 } else { 48 };
         if arrival.start < added {
             return Fate { drops: vec![TooBigSilent, NoHeadroom], ..Fate::dropped(NoHeadroom) };
         }
         Fate { drops: vec![TooBig, TooBigSilent, TxRingFull], ..Fate::answer(ingress, bytes) }
     }
+
+    /// The port by which packets leave for this link.
+    pub(super) fn port_of(&self, link: usize) -> Option<usize> {
+        self.equipment.links.iter().position(|&of| of == link)
+    }
 }
 
 /// Whether a connection begins.
-fn is_syn(packet: &Meaning) -> bool {
+pub(super) fn is_syn(packet: &Meaning) -> bool {
     packet.tcp_flags & 0x12 == 0x02
 }
 
 /// Whether the frame is addressed to this station, or asks a group who has an address.
-fn is_for_us(frame: &[u8], kind: Kind, link: Link) -> bool {
+pub(super) fn is_for_us(frame: &[u8], kind: Kind, link: Link) -> bool {
     let asks_a_group = frame[0] & 1 == 1 && matches!(kind, Kind::Arp | Kind::NeighbourSolicitation);
     frame[..6] == link.mac.0 || link.mac.0 == [0; 6] || asks_a_group
 }

@@ -2,10 +2,14 @@
 
 use std::net::IpAddr;
 
-use dataplane::{encap::Tunnel, flow::Address, wire::ethernet::MacAddr};
+use dataplane::{
+    encap::Tunnel,
+    flow::{Address, FlowKey},
+    wire::ethernet::MacAddr,
+};
 use etherparse::{
     EtherType, Ethernet2Header, Icmpv4Type, IpFragOffset, IpHeaders, Ipv4Header, Ipv6Header,
-    PacketBuilder, TcpHeader, VlanId, icmpv4::DestUnreachableHeader, ip_number,
+    PacketBuilder, VlanId, icmpv4::DestUnreachableHeader, ip_number,
 };
 
 use super::parse::{Meaning, pseudo_header};
@@ -256,28 +260,81 @@ pub fn too_big(frame: &[u8], packet: &Meaning, ip: &[u8], own: MacAddr, mtu: u16
 /// TCP's word that there is no such connection, RFC 9293 section 3.10.7.1.
 pub fn reset(frame: &[u8], packet: &Meaning, own: MacAddr) -> Vec<u8> {
     let segment = &frame[packet.l4_offset..packet.ip.end];
-    let (header, data) = TcpHeader::from_slice(segment).unwrap();
-    let following = data.len() as u32 + u32::from(header.syn) + u32::from(header.fin);
-    let following = header.sequence_number.wrapping_add(following);
-    let (ours, theirs) = (header.destination_port, header.source_port);
-    let builder = PacketBuilder::ethernet2(own.0, frame[6..12].try_into().unwrap());
-    let builder = match addresses(packet) {
+    let word = |at: usize| u32::from_be_bytes(segment[at..at + 4].try_into().unwrap());
+    // Whatever it says about the length of its header, which nobody has judged.
+    let data = segment.len().saturating_sub(4 * usize::from(segment[12] >> 4)) as u32;
+    let [fin, syn, ack] = [0x01, 0x02, 0x10].map(|flag| packet.tcp_flags & flag != 0);
+    let following = word(4).wrapping_add(data + u32::from(syn) + u32::from(fin));
+    let numbers = if ack { (word(8), None) } else { (0, Some(following)) };
+    let bytes = segment_of_ours(packet.key.reversed(), own, &frame[6..12], true, numbers);
+    with_tags_of(frame, packet, &bytes)
+}
+
+/// A TCP segment without data that `own` sends to this station, with a sequence number and an acknowledgement.
+pub fn segment_of_ours(
+    key: FlowKey,
+    own: MacAddr,
+    to: &[u8],
+    rst: bool,
+    (seq, ack): (u32, Option<u32>),
+) -> Vec<u8> {
+    let builder = PacketBuilder::ethernet2(own.0, to.try_into().unwrap());
+    let builder = match (IpAddr::from(key.src), IpAddr::from(key.dst)) {
         (IpAddr::V4(src), IpAddr::V4(dst)) => {
             let mut header =
-                Ipv4Header::new(0, 64, ip_number::TCP, dst.octets(), src.octets()).unwrap();
+                Ipv4Header::new(0, 64, ip_number::TCP, src.octets(), dst.octets()).unwrap();
             header.dont_fragment = false;
             builder.ip(IpHeaders::Ipv4(header, Default::default()))
         }
-        (IpAddr::V6(src), IpAddr::V6(dst)) => builder.ipv6(dst.octets(), src.octets(), 64),
+        (IpAddr::V6(src), IpAddr::V6(dst)) => builder.ipv6(src.octets(), dst.octets(), 64),
         _ => panic!("one family"),
     };
-    let builder = match header.ack {
-        true => builder.tcp(ours, theirs, header.acknowledgment_number, 0),
-        false => builder.tcp(ours, theirs, 0, 0).ack(following),
-    };
+    let mut builder = builder.tcp(key.src_port, key.dst_port, seq, 0);
+    if rst {
+        builder = builder.rst();
+    }
+    if let Some(ack) = ack {
+        builder = builder.ack(ack);
+    }
     let mut bytes = Vec::new();
-    builder.rst().write(&mut bytes, &[]).unwrap();
-    with_tags_of(frame, packet, &bytes)
+    builder.write(&mut bytes, &[]).unwrap();
+    bytes
+}
+
+/// What came in a tunnel goes back in it: these are the bytes in front of the inner frame as they came, and the
+/// inner answer.
+pub fn sent_back(headers: &[u8], outer: &Meaning, inner: &[u8], own: MacAddr) -> Vec<u8> {
+    let mut bytes = [&returned(headers, own), inner].concat();
+    let (front, l4) = bytes.split_at_mut(outer.l4_offset);
+    let ip = &mut front[outer.ip.start..];
+    let len = l4.len() as u16;
+    l4[4..6].copy_from_slice(&len.to_be_bytes());
+    l4[6..8].fill(0); // RFC 7348 section 4.1
+    match addresses(outer) {
+        (IpAddr::V4(src), IpAddr::V4(dst)) => {
+            ip[8] = 64;
+            ip[12..20].copy_from_slice(&[dst.octets(), src.octets()].concat());
+            let total = ip.len() as u16 + len;
+            ip[2..4].copy_from_slice(&total.to_be_bytes());
+            ip[10..12].fill(0);
+            let checksum = !naive_sum(ip);
+            ip[10..12].copy_from_slice(&checksum.to_be_bytes());
+        }
+        (IpAddr::V6(src), IpAddr::V6(dst)) => {
+            ip[7] = 64;
+            ip[8..40].copy_from_slice(&[dst.octets(), src.octets()].concat());
+            let payload = ip.len() as u16 - 40 + len;
+            ip[4..6].copy_from_slice(&payload.to_be_bytes());
+            let pseudo = pseudo_header(dst.into(), src.into(), 17, l4.len());
+            let checksum = match !naive_sum(&[&pseudo, &*l4].concat()) {
+                0 => 0xffff,
+                checksum => checksum,
+            };
+            l4[6..8].copy_from_slice(&checksum.to_be_bytes());
+        }
+        _ => panic!("one family"),
+    }
+    bytes
 }
 
 /// An answer with the tags of its question.
