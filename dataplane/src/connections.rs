@@ -27,7 +27,7 @@ use crate::{
     flow::{Flow, protocol, tcp_flags},
     forwarding::{MAX_BACKENDS, Slot},
     memory::{self, AllocationError},
-    prefetch::prefetch,
+    prefetch::{self, prefetch},
     rate_limit::RateLimit,
     sync::{AtomicU64, Ordering},
     time::Tick,
@@ -36,7 +36,6 @@ use crate::{
 /// Entries in a bucket: what fits a cache line.
 const LANES: usize = 1 << LANE_BITS;
 const LANE_BITS: u32 = 3;
-const LINE: usize = 64;
 
 const TAG_SHIFT: u32 = 33;
 const STATE_SHIFT: u32 = 29;
@@ -300,7 +299,7 @@ impl Traffic {
 struct Bucket([AtomicU64; LANES]);
 
 #[cfg(not(loom))]
-const _: () = assert!(size_of::<Bucket>() == LINE);
+const _: () = assert!(size_of::<Bucket>() == prefetch::LINE);
 
 impl Bucket {
     #[inline]

@@ -1,7 +1,7 @@
 //! Asking for memory ahead of its use.
 
 /// Bytes in a cache line.
-const LINE: usize = 64;
+pub const LINE: usize = 64;
 
 /// Begins to fetch the cache line that `value` starts in. Changes nothing but time.
 #[inline(always)]

@@ -51,9 +51,17 @@ pub struct Context<'a> {
     /// Now.
     now: Tick,
     settled: Settled,
-    /// What was last asked of the table of VIPs: most packets of a burst that have to ask are for one, above
-    /// all in a flood.
-    asked: (Vip, Option<u32>),
+    asked: Asked,
+}
+
+/// What was last asked of the table of VIPs: most packets of a burst that have to ask are for one, above all in a
+/// flood.
+#[derive(Clone, Copy, Debug)]
+struct Asked {
+    vip: Vip,
+    service: Option<u32>,
+    /// The same service, if it is translated.
+    translated: Option<u32>,
 }
 
 impl<'a> Context<'a> {
@@ -64,7 +72,8 @@ impl<'a> Context<'a> {
         counters: &'a Counters,
         now: Tick,
     ) -> Self {
-        let asked = (Vip { address: Address::default(), protocol: 0, port: 0 }, None);
+        let vip = Vip { address: Address::default(), protocol: 0, port: 0 };
+        let asked = Asked { vip, service: None, translated: None };
         Self { connections, scheduler, counters, now, settled: Settled::at(now), asked }
     }
 
@@ -76,10 +85,25 @@ impl<'a> Context<'a> {
     /// The service that answers on this VIP, as an index.
     #[inline(always)]
     pub(crate) fn service_at(&mut self, forwarding: &Forwarding, vip: Vip) -> Option<u32> {
-        if self.asked.0 != vip {
-            self.asked = (vip, forwarding.service_at(vip.address, vip.protocol, vip.port));
+        self.ask(forwarding, vip);
+        self.asked.service
+    }
+
+    /// The same, if its packets are translated.
+    #[inline(always)]
+    pub(crate) fn translated_at(&mut self, forwarding: &Forwarding, vip: Vip) -> Option<u32> {
+        self.ask(forwarding, vip);
+        self.asked.translated
+    }
+
+    #[inline(always)]
+    fn ask(&mut self, forwarding: &Forwarding, vip: Vip) {
+        if self.asked.vip != vip {
+            let service = forwarding.service_at(vip.address, vip.protocol, vip.port);
+            let is_translated =
+                |index: &u32| forwarding.service(*index).is_some_and(|its| its.nat.is_some());
+            self.asked = Asked { vip, service, translated: service.filter(is_translated) };
         }
-        self.asked.1
     }
 
     /// The backend that the service's scheduler wants for a new flow. `None`: it leaves that to Maglev.
@@ -311,8 +335,10 @@ fn select_for_error<'a>(
 }
 
 /// Whether the backend that Maglev has for a flow can be reached: it has no other unless none can.
-pub(crate) fn is_anybody_there(flow: &Flow, forwarding: &Forwarding, service: &Service) -> bool {
-    pick(flow, forwarding, service).is_ok_and(|picked| picked.backend.reachable)
+#[cold]
+pub(crate) fn is_anybody_there(flow: &Flow, forwarding: &Forwarding, service: u32) -> bool {
+    let picked = forwarding.service(service).map(|service| pick(flow, forwarding, service));
+    picked.is_some_and(|picked| picked.is_ok_and(|picked| picked.backend.reachable))
 }
 
 /// Maglev's answer.

@@ -158,7 +158,7 @@ impl<P: Port> Worker<P> {
             pool: &mut self.pool,
             outbound: &mut self.outbound,
             icmp_limit: &mut self.icmp_limit,
-            seen: nat::Seen::NOTHING,
+            seen: nat::Seen::default(),
         };
         // Each stage goes over the whole burst and asks for the memory that the next one reads, so that
         // cache misses overlap.
@@ -212,10 +212,9 @@ impl<P: Port> Worker<P> {
             if let Some((frame, link)) =
                 nat::ask_client(slots, slot, (forwarding, now), &mut self.pool)
             {
-                let port = self.egress[usize::from(link)];
-                if port == NO_PORT {
+                let Some(port) = port_of(&self.egress, link) else {
                     return self.pool.put(frame);
-                }
+                };
                 push(&mut self.outbound, port, frame, &mut self.pool, &self.counters);
                 self.counters.count(Event::ClientsAsked, 1);
                 asked = true;
@@ -483,14 +482,7 @@ impl<'a> Burst<'a> {
     #[inline(always)]
     fn reach(&self, slot: Slot) -> Option<(&'a Backend, u32)> {
         let backend = self.forwarding.backend(slot).filter(|backend| backend.reachable)?;
-        Some((backend, self.port_of(backend.link)?))
-    }
-
-    /// The port that packets for this interface leave by.
-    #[inline(always)]
-    fn port_of(&self, link: u8) -> Option<u32> {
-        let port = self.egress[usize::from(link)];
-        (port != NO_PORT).then_some(port)
+        Some((backend, port_of(self.egress, backend.link)?))
     }
 
     /// Hands each frame on.
@@ -619,6 +611,13 @@ impl<'a> Burst<'a> {
     fn discard(&mut self, frame: Frame, reason: DropReason) {
         drop_frame(frame, reason, self.pool, self.context.counters);
     }
+}
+
+/// The port that packets for this interface leave by.
+#[inline(always)]
+fn port_of(egress: &[u32; LINKS], link: u8) -> Option<u32> {
+    let port = egress[usize::from(link)];
+    (port != NO_PORT).then_some(port)
 }
 
 /// Whether the packet's source is a host that an answer can be sent to.

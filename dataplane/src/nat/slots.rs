@@ -366,6 +366,13 @@ fn station(way: &Way) -> u64 {
     u64::from_le_bytes([way.link, 0, a, b, c, d, e, f])
 }
 
+/// What [`station`] has packed.
+#[inline(always)]
+fn unpacked(station: u64) -> (u8, MacAddr) {
+    let [link, _, mac @ ..] = station.to_le_bytes();
+    (link, MacAddr(mac))
+}
+
 fn tags(way: &Way) -> u64 {
     u64::from(way.tags[0]) << 32 | u64::from(way.tags[1])
 }
@@ -403,9 +410,9 @@ impl Record {
     }
 
     fn way(&self) -> Way {
-        let [link, _, mac @ ..] = self.word(word::STATION).to_le_bytes();
+        let (link, mac) = unpacked(self.word(word::STATION));
         let tags = self.word(word::TAGS);
-        Way { mac: MacAddr(mac), link, tags: [(tags >> 32) as u32, tags as u32] }
+        Way { mac, link, tags: [(tags >> 32) as u32, tags as u32] }
     }
 
     /// The backend, and what changes in checksums on the way to it.
@@ -590,8 +597,7 @@ impl Plain {
     /// Where answers go: the interface, and the station.
     #[inline(always)]
     pub fn way(&self) -> (u8, MacAddr) {
-        let [link, _, mac @ ..] = self.station.to_le_bytes();
-        (link, MacAddr(mac))
+        unpacked(self.station)
     }
 }
 

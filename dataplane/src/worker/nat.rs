@@ -3,11 +3,11 @@
 
 use zerocopy::FromBytes;
 
-use super::{Burst, Next, Packet, can_be_answered};
+use super::{Burst, Next, Packet, can_be_answered, port_of};
 use crate::{
     counters::{DropReason, Event},
-    flow::{Address, Flow, FlowKey, Kind, protocol, tcp_flags},
-    forwarding::{self, Backend, Service, Vip},
+    flow::{Flow, Kind, protocol, tcp_flags},
+    forwarding::{self, Backend},
     fragment,
     nat::{Connection, Id, Side, Slots, State, ToTask, translate},
     parse,
@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// What there is in a burst: a stage that has nothing to do is skipped.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub(super) struct Seen {
     /// Packets of clients to translate.
     questions: bool,
@@ -25,19 +25,6 @@ pub(super) struct Seen {
     answers: bool,
     /// Packets to select a backend for.
     others: bool,
-    /// The VIP of the last client's packet, and the service there if it is translated.
-    vip: Vip,
-    service: Option<u32>,
-}
-
-impl Seen {
-    pub(super) const NOTHING: Self = Self {
-        questions: false,
-        answers: false,
-        others: false,
-        vip: Vip { address: Address(0), protocol: 0, port: 0 },
-        service: None,
-    };
 }
 
 impl<'a> Burst<'a> {
@@ -94,7 +81,8 @@ impl<'a> Burst<'a> {
             return;
         }
         packet.hash = flow.key.hash(&self.hash_key);
-        packet.next = match self.translated(&flow.key) {
+        let vip = select::vip_of(&flow.key);
+        packet.next = match self.context.translated_at(self.forwarding, vip) {
             Some(service) => {
                 self.seen.questions = true;
                 slots.prefetch(packet.hash);
@@ -107,24 +95,6 @@ impl<'a> Burst<'a> {
                 Next::Select
             }
         };
-    }
-
-    /// The number of a client's packet's service, if it is translated. Most packets of a burst are for one VIP.
-    #[inline(always)]
-    fn translated(&mut self, key: &FlowKey) -> Option<u32> {
-        let vip = select::vip_of(key);
-        if self.seen.vip != vip {
-            let service = self.nat_service(key).map(|(service, ..)| service);
-            (self.seen.vip, self.seen.service) = (vip, service);
-        }
-        self.seen.service
-    }
-
-    /// The service of a client's packet, if it is translated, and its number.
-    fn nat_service(&mut self, key: &FlowKey) -> Option<(u32, &'a Service, &'a forwarding::Nat)> {
-        let index = self.context.service_at(self.forwarding, select::vip_of(key))?;
-        let service = self.forwarding.service(index)?;
-        Some((index, service, service.nat.as_deref()?))
     }
 
     /// Takes the tunnel's headers off, whatever they are, and looks what is inside.
@@ -212,7 +182,7 @@ impl<'a> Burst<'a> {
         packets: &mut [Packet],
     ) -> bool {
         self.parse_tunneled(slots, inbound, packets);
-        let Seen { questions, answers, others, .. } = self.seen;
+        let Seen { questions, answers, others } = self.seen;
         if questions {
             self.translate_questions(slots, inbound, packets);
         }
@@ -374,11 +344,11 @@ impl<'a> Burst<'a> {
             // The client uses its port again: nothing of what was counts.
             Some(_) if flow.is_syn() && to.state.is_closed() => {}
             // TCP waits for a task's return and retransmits; datagrams would be lost, and who has never heard of the
-            // task need not wait for it.
+            // task need not wait for it. But if none can be reached, each packet would use up another port, for nothing.
             Some(backend)
                 if !backend.reachable
                     && (is_datagram || flow.is_syn() && !to.state.is_answered())
-                    && self.is_anybody_there(flow, service) => {}
+                    && select::is_anybody_there(flow, self.forwarding, service) => {}
             Some(backend) => {
                 self.context.counters.count(Event::ConnectionHits, 1);
                 return Ok(Some((to, backend)));
@@ -393,14 +363,6 @@ impl<'a> Burst<'a> {
         Ok(None)
     }
 
-    /// Whether a new connection would find a task that can be reached. If none can, each packet would use up another
-    /// port, for nothing.
-    #[cold]
-    fn is_anybody_there(&self, flow: &Flow, service: u32) -> bool {
-        let service = self.forwarding.service(service);
-        service.is_some_and(|service| select::is_anybody_there(flow, self.forwarding, service))
-    }
-
     /// A slot for a new connection.
     #[inline(never)]
     fn open(
@@ -411,13 +373,17 @@ impl<'a> Burst<'a> {
     ) -> Result<(ToTask, &'a Backend), DropReason> {
         let Packet { flow, hash, .. } = packet;
         let key = flow.key;
-        let (_, service, nat) = self.nat_service(&key).ok_or(DropReason::NoService)?;
+        let vip = select::vip_of(&key);
+        let index = self.context.translated_at(self.forwarding, vip);
+        let service = index.and_then(|index| self.forwarding.service(index));
+        let service = service.ok_or(DropReason::NoService)?;
+        let nat = service.nat.as_deref().ok_or(DropReason::NoService)?;
         if !nat.allows(key.src) {
             return Err(DropReason::NotAllowed);
         }
         let overlay = self.forwarding.overlays().get(nat.overlay as usize);
         let overlay = overlay.ok_or(DropReason::NoService)?;
-        let at = service.vips.iter().position(|vip| *vip == select::vip_of(&key));
+        let at = service.vips.iter().position(|its| *its == vip);
         // A VIP on all ports keeps them.
         let task_port = at.and_then(|at| nat.targets.get(at).copied()).unwrap_or(key.dst_port);
         let way = translate::way_of(frame.packet(), flow.ip_offset, self.link_index);
@@ -480,7 +446,7 @@ impl<'a> Burst<'a> {
             return None;
         }
         let (link, station) = to.way();
-        let port = self.port_of(link)?;
+        let port = port_of(self.egress, link)?;
         frame.set_len(ethernet::LEN + usize::from(flow.ip_len)); // less padding
         let headers = frame.packet_mut().first_chunk_mut()?;
         translate::plain(headers, flow.protocol, &to);
@@ -517,7 +483,7 @@ impl<'a> Burst<'a> {
             }
             slots.touch(id, state, Side::Task, flow.tcp_flags, self.context.now());
         }
-        let port = self.port_of(to.way.link).ok_or(DropReason::NextHopUnresolved)?;
+        let port = port_of(self.egress, to.way.link).ok_or(DropReason::NextHopUnresolved)?;
         let own = self.forwarding.link(to.way.link.into()).mac;
         translate::send_by(frame, flow, &to.way, own)?;
         self.context.counters.count(Event::NatReplies, 1);
