@@ -342,6 +342,16 @@ mod tests {
         desired
     }
 
+    /// What is in a tunnel's packet, which is for this station only.
+    fn inside(packet: &[u8], to: [u8; 6]) -> SlicedPacket<'_> {
+        assert_eq!(packet[..8], [8, 0, 0, 0, 0, 0, 100, 0]);
+        let inner = SlicedPacket::from_ethernet(&packet[8..]).unwrap();
+        let Some(LinkSlice::Ethernet2(ethernet)) = &inner.link else { panic!("{inner:?}") };
+        assert_eq!(ethernet.destination(), to, "to nobody else");
+        assert_eq!(ethernet.source(), [2, 0x42, 10, 99, 1, 250]);
+        inner
+    }
+
     #[test]
     fn nat_backends_elsewhere_are_asked_in_the_name_of_each_mesh_address() {
         let own = [IpAddr::from([10, 0, 0, 3])];
@@ -350,11 +360,7 @@ mod tests {
         let all = lessons(&desired(4789), (&own, &nobody), false);
         assert_eq!(all.len(), 2, "one runs here, and there is no way: {all:?}");
         let packet = all.first().unwrap().packet();
-        assert_eq!(packet[..8], [8, 0, 0, 0, 0, 0, 100, 0]);
-        let inner = SlicedPacket::from_ethernet(&packet[8..]).unwrap();
-        let Some(LinkSlice::Ethernet2(ethernet)) = &inner.link else { panic!("{inner:?}") };
-        assert_eq!(ethernet.destination(), [2, 0x42, 10, 99, 1, 2], "to nobody else");
-        assert_eq!(ethernet.source(), [2, 0x42, 10, 99, 1, 250]);
+        let inner = inside(&packet, [2, 0x42, 10, 99, 1, 2]);
         let Some(NetSlice::Arp(arp)) = &inner.net else { panic!("{inner:?}") };
         assert_eq!(arp.operation(), ArpOperation::REQUEST);
         assert_eq!(arp.sender_protocol_addr(), [10, 99, 1, 250]);
@@ -380,11 +386,7 @@ mod tests {
         let all = lessons(&desired, (&[], &BTreeSet::new()), false);
         assert_eq!(all.len(), 2, "nothing of the IPv4 address: {all:?}");
         let packet = all.first().unwrap().packet();
-        assert_eq!(packet[..8], [8, 0, 0, 0, 0, 0, 100, 0]);
-        let inner = SlicedPacket::from_ethernet(&packet[8..]).unwrap();
-        let Some(LinkSlice::Ethernet2(ethernet)) = &inner.link else { panic!("{inner:?}") };
-        assert_eq!(ethernet.destination(), [2, 0, 0, 0, 0, 2], "to nobody else");
-        assert_eq!(ethernet.source(), [2, 0x42, 10, 99, 1, 250]);
+        let inner = inside(&packet, [2, 0, 0, 0, 0, 2]);
         let Some(NetSlice::Ipv6(ip)) = &inner.net else { panic!("{inner:?}") };
         let ip = ip.header();
         let [mesh, task] = ["fd00:99::250", "fd00:99::2"].map(|a| a.parse::<Ipv6Addr>().unwrap());

@@ -82,7 +82,7 @@ fn create(daemon: &Daemon, vip: Vip) {
 
 /// What the router has to this VIP.
 fn route(lab: &Lab, vip: Vip) -> String {
-    let family = if vip.address.contains(':') { "-6" } else { "-4" };
+    let family = if vip.is_v6() { "-6" } else { "-4" };
     lab.succeed("router", &["ip", family, "route", "show", vip.address])
 }
 

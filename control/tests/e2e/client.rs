@@ -18,6 +18,13 @@ pub struct Vip {
     pub client: &'static str,
 }
 
+impl Vip {
+    /// Whether its clients speak IPv6.
+    pub fn is_v6(self) -> bool {
+        self.address.contains(':')
+    }
+}
+
 pub const VIP4: Vip =
     Vip { address: "203.0.113.10", url: "http://203.0.113.10", client: "198.51.100.7" };
 pub const VIP6: Vip =

@@ -36,7 +36,7 @@ pub fn service(vip: Vip, ports: &[&str], keys: &Value) -> Value {
     };
     let mut health = json!({ "interval_ms": INTERVAL_MS, "rise": 2, "fall": FALL });
     health.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
-    let name = if vip.address.contains(':') { "web6" } else { "web" };
+    let name = if vip.is_v6() { "web6" } else { "web" };
     json!({
         "name": name, "vip": vip.address, "ports": ports, "vni": 100,
         "backends": [backend(1), backend(2)], "health": health,

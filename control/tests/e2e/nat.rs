@@ -100,11 +100,7 @@ impl Mesh {
 
 /// What backends' addresses in the overlay begin with, of a VIP's family.
 fn mesh_prefix(vip: Vip) -> &'static str {
-    if is_wide(vip) { "fd00:99::" } else { "10.99.1." }
-}
-
-fn is_wide(vip: Vip) -> bool {
-    vip.address.contains(':')
+    if vip.is_v6() { "fd00:99::" } else { "10.99.1." }
 }
 
 /// A backend's MAC address in the overlay.
@@ -209,7 +205,7 @@ fn the_mss_is_lowered_to_what_the_overlay_carries_both_ways() {
         capture.stop();
         // Of the SYN in the tunnel, and of the SYN-ACK that the client gets.
         let from = if host == "b1" { vip.client } else { vip.address };
-        let (ip, most) = if is_wide(vip) { ("ipv6", "1240") } else { ("ip", "1260") };
+        let (ip, most) = if vip.is_v6() { ("ipv6", "1240") } else { ("ip", "1260") };
         let wanted = format!("tcp.flags.syn == 1 && {ip}.src == {from}");
         let shown = tshark(&file, &["-Y", &wanted, "-T", "fields", "-e", "tcp.options.mss_val"]);
         assert!(shown.lines().count() > 0 && shown.lines().all(|mss| mss == most), "{shown}");

@@ -4,7 +4,6 @@
 use std::{net::IpAddr, ops::RangeInclusive, slice, sync::Arc};
 
 use dataplane::{
-    connections,
     counters::{Counters, DropReason, Event},
     encap::Tunnel,
     forwarding::{Forwarding, Mesh, Nat, Overlay, Prefix, Slot},
@@ -18,13 +17,11 @@ use dataplane::{
 
 use crate::{
     nat::{MESH, MESH_MAC, MESH6, NODE, VNI, VNI6, tunneled},
-    packets::{
-        L4, Packet, SYN, answer_to, arp_request, icmp_error, seal_icmpv6, solicitation, tag,
-    },
+    packets::{L4, Packet, SYN, add_nonce, answer_to, arp_request, icmp_error, solicitation, tag},
     reference::nat::{Account, Gateway, Seen},
     rig::{
-        BackendSpec, Equipment, SLOTS, Scheduled, TCP, UDP, World, addressed, backend, hash_key,
-        ip, link, vip, without_allocation,
+        BackendSpec, Equipment, SHORT_TIMEOUTS, SLOTS, Scheduled, TCP, UDP, World, addressed,
+        backend, hash_key, ip, link, vip, without_allocation,
     },
     script::{Script, vlans},
 };
@@ -148,19 +145,12 @@ fn worlds() -> [Built; 8] {
 
 /// Nodes that can do much, or little, and the ports that they use of each address.
 fn nodes() -> [(Equipment, RangeInclusive<u16>); 4] {
-    let timeouts = connections::Timeouts {
-        unconfirmed_s: 1,
-        tcp_idle_s: 1,
-        tcp_closing_s: 1,
-        udp_idle_s: 1,
-        affinity_s: 1,
-    };
     let node = |frames, ring_size, ports: usize| Equipment {
         frames,
         ring_size,
         connections: 64,
         links: (0..ports).collect(),
-        timeouts,
+        timeouts: SHORT_TIMEOUTS,
         ..Equipment::default()
     };
     [
@@ -558,9 +548,7 @@ fn question_in_tunnel(script: &mut Script<'_>) -> Vec<u8> {
     let mut bytes =
         solicitation(src, target, choice & 4 != 0, if choice & 8 == 0 { 255 } else { 64 });
     for _ in 0..choice >> 4 & 3 {
-        bytes.extend([14, 1, 1, 2, 3, 4, 5, 6]); // a nonce, RFC 3971 section 5.3.2
-        bytes[19] += 8;
+        add_nonce(&mut bytes);
     }
-    seal_icmpv6(&mut bytes, 14);
     bytes
 }

@@ -32,7 +32,7 @@ use proptest::prelude::*;
 
 use crate::{
     hostile,
-    packets::{arp_request, naive_sum, seal_icmpv6, solicitation, tag},
+    packets::{add_nonce, arp_request, naive_sum, solicitation, tag},
     rig::{CLIENT_MAC, Equipment, SLOTS, ip, node_mac, vip},
     script::Script,
 };
@@ -1140,9 +1140,7 @@ fn who_asks_in_a_tunnel_for_our_address_is_told() {
 fn who_asks_in_a_tunnel_with_more_options_than_our_answer_has_is_told() {
     let mut node = Node::new(&World::new(&[1]));
     let mut request = solicitation("fd00::1:3", MESH6, true, 255);
-    request.extend([14, 1, 1, 2, 3, 4, 5, 6]); // a nonce, RFC 3971 section 5.3.2
-    request[19] += 8;
-    seal_icmpv6(&mut request, 14);
+    add_nonce(&mut request);
     let sent = node.send(&tunneled(&request, vtep(3), VNI6));
     let (_, _, inner) = untunneled(&sent[0]);
     assert_eq!((inner.len(), inner[54]), (14 + 40 + 32, 136));

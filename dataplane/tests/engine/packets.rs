@@ -353,6 +353,13 @@ pub fn tag(frame: &[u8], vlans: &[u16]) -> Vec<u8> {
     bytes
 }
 
+/// One more option for a solicitation without tags: a nonce, RFC 3971 section 5.3.2.
+pub fn add_nonce(solicitation: &mut Vec<u8>) {
+    solicitation.extend([14, 1, 1, 2, 3, 4, 5, 6]);
+    solicitation[19] += 8;
+    seal_icmpv6(solicitation, 14);
+}
+
 /// Rights the checksum of the ICMPv6 message in the IPv6 packet at `at`, without extension headers.
 pub fn seal_icmpv6(frame: &mut [u8], at: usize) {
     let (header, message) = frame[at..].split_at_mut(40);

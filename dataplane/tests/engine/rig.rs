@@ -333,6 +333,10 @@ impl Equipment {
     }
 }
 
+/// What is forgotten is forgotten soon.
+pub const SHORT_TIMEOUTS: Timeouts =
+    Timeouts { unconfirmed_s: 1, tcp_idle_s: 1, tcp_closing_s: 1, udp_idle_s: 1, affinity_s: 1 };
+
 /// A packet that left, and by which port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sent {

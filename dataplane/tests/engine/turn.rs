@@ -4,7 +4,7 @@
 use std::{cell::RefCell, collections::BTreeSet, panic::AssertUnwindSafe, sync::Arc};
 
 use dataplane::{
-    connections::{Reader, Timeouts, Traffic},
+    connections::{Reader, Traffic},
     encap::Tunnel,
     forwarding::{Forwarding, Vip},
     parse,
@@ -14,8 +14,8 @@ use proptest::prelude::*;
 use crate::{
     packets::{self, ACK, DATAGRAM, SYN, any_packet, icmp_error},
     rig::{
-        BackendSpec, Equipment, Rig, SCTP, Scheduled, Sent, VIP4, VIP6, World, addressed, backend,
-        hash_key, link, table,
+        BackendSpec, Equipment, Rig, SCTP, SHORT_TIMEOUTS, Scheduled, Sent, VIP4, VIP6, World,
+        addressed, backend, hash_key, link, table,
     },
     script::Script,
 };
@@ -201,20 +201,13 @@ proptest! {
 
 /// Nodes that can do much, or little. What they forget, they forget soon.
 fn nodes(peer: Reader) -> [Equipment; 4] {
-    let timeouts = Timeouts {
-        unconfirmed_s: 1,
-        tcp_idle_s: 1,
-        tcp_closing_s: 1,
-        udp_idle_s: 1,
-        affinity_s: 1,
-    };
     let node = |frames, ring_size, ports: usize, icmp_errors_per_s| Equipment {
         frames,
         ring_size,
         icmp_errors_per_s,
         connections: 16,
         links: (0..ports).collect(),
-        timeouts,
+        timeouts: SHORT_TIMEOUTS,
         peers: vec![peer],
         ..Default::default()
     };

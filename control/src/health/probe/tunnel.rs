@@ -30,7 +30,7 @@ use super::{
     Outcome, direct, failure,
 };
 use crate::{
-    desired,
+    desired::{self, Family},
     filter::{
         JUMP_IF_EQUAL, LOAD_BYTE, LOAD_HALF, LOAD_HALF_AFTER_X, RETURN, X_IS_IPV4_HEADER_LEN,
     },
@@ -74,7 +74,7 @@ impl Tunnels {
             return Outcome::Impossible("no backend has the addresses of this node".to_owned());
         };
         let Some(source) = self.source(vip.is_ipv6()) else {
-            let family = if vip.is_ipv6() { "IPv6" } else { "IPv4" };
+            let family = Family::of(vip);
             return Outcome::Impossible(format!("this node has no {family} address to probe from"));
         };
         let vip = SocketAddr::new(vip, target.health().check.port.port);

@@ -37,7 +37,7 @@ use dataplane::{
 
 use super::{
     node::{Arrival, Fate, Node, is_for_us, is_syn},
-    output::{advertisement, arp_reply, completed, cut, segment_of_ours, sent_back},
+    output::{advertisement, arp_reply, cut, segment_of_ours, sent_back},
     parse::{Meaning, behind_tags, parse},
     translation::{translated, translated_error},
 };
@@ -430,14 +430,6 @@ impl Gateway {
         all.find(|(_, backend)| backend.slot == slot)
     }
 
-    /// The IP packet as its sender meant it.
-    fn meant(&self, port: usize, arrival: &Arrival, packet: &Meaning) -> Vec<u8> {
-        let link = self.plain.world.links[self.plain.equipment.links[port]];
-        let ip = &arrival.bytes[packet.ip.clone()];
-        let partial = if link.partial_checksums { completed(packet, ip) } else { None };
-        partial.unwrap_or_else(|| ip.to_vec())
-    }
-
     /// A client's packet.
     fn question(
         &mut self,
@@ -447,7 +439,7 @@ impl Gateway {
         now: Tick,
         fresh: &mut Fresh,
     ) -> Result<Fate, DropReason> {
-        let ip = self.meant(port, arrival, packet);
+        let ip = self.plain.meant(port, arrival, packet);
         let is_its = |(_, life): &(&Id, &Life)| life.connection.key == packet.key && !life.detached;
         let found = self.lives.iter().find(is_its).map(|(id, _)| *id);
         if packet.kind == Kind::IcmpError {
@@ -663,7 +655,7 @@ impl Gateway {
             return Err(SpoofedTunnel);
         }
         let mtu = backend.mtu;
-        let ip = self.meant(port, arrival, packet);
+        let ip = self.plain.meant(port, arrival, packet);
         let (client, vip) = ((flow.src, flow.src_port), (flow.dst, flow.dst_port));
         let forms = if packet.kind == Kind::IcmpError {
             translated_error(packet, &ip, key, (vip.0, client.0), (client, vip))?

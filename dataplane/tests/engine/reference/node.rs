@@ -421,11 +421,16 @@ impl Node {
         backend: &BackendSpec,
     ) -> Fate {
         let hash = packet.key.hash(&hash_key());
-        let link = self.world.links[self.equipment.links[ingress]];
+        let ip = self.meant(ingress, arrival, packet);
+        self.wrapped(ingress, arrival, (packet, &ip), backend, hash)
+    }
+
+    /// The IP packet as its sender meant it.
+    pub(super) fn meant(&self, port: usize, arrival: &Arrival, packet: &Meaning) -> Vec<u8> {
+        let link = self.world.links[self.equipment.links[port]];
         let ip = &arrival.bytes[packet.ip.clone()];
         let partial = if link.partial_checksums { completed(packet, ip) } else { None };
-        let ip = partial.as_deref().unwrap_or(ip);
-        self.wrapped(ingress, arrival, (packet, ip), backend, hash)
+        partial.unwrap_or_else(|| ip.to_vec())
     }
 
     /// What becomes of a packet on its way to this backend. `ip` is the IP packet as it is by now, and `hash` is
